@@ -1,0 +1,1621 @@
+"""RED: Reasoning-preserved Efficient Distillation, in one file that reads beside the paper.
+
+He, Tang, Nie, Li, Yang, Du, Sun, Ma: "Reasoning-preserved Efficient Distillation of Large
+Language Models via Activation-aware Initialization", ICML 2026, arXiv 2605.29327.
+
+A Llama- or Qwen-like teacher is compressed to a smaller hidden width. The student's weights are
+the teacher's frozen weights seen through trainable projection matrices; RED starts each projection
+as the same channel-selection matrix, picked from the teacher's activations. The file follows the
+paper from top to bottom; a comment marked [ours] is our reading where the paper is silent to us.
+
+    python red.py                                       the tiny world: everything, in minutes
+    python red.py --model Qwen/Qwen2-0.5B --ratio 0.5   a real teacher
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+# ==================================================================================================
+# Configuration
+#
+# Every choice of a run is one field of one dataclass, with its help text. The command line, the
+# announcement before a run and the settings stored beside its results all come from here.
+# ==================================================================================================
+
+METHODS = ("red", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
+STATISTICS = ("norm-output", "normalised-stream", "variance")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
+DEFAULT_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
+
+# What a flag that was not given means: in the tiny world, and with --model.
+TINY_DEFAULTS = dict(
+    methods=["red", "lrc", "lrc"], temperature=[1.0, 1.0, 40.0], steps=300, batch_size=32,
+    seq_len=96, learning_rate=3e-3, calibration_samples=15, out="runs/tiny", eval="chains",
+)  # fmt: skip
+MODEL_DEFAULTS = dict(
+    methods=["red"], temperature=[1.0], steps=1000, batch_size=8, seq_len=512,
+    learning_rate=3e-4, calibration_samples=15, data=DEFAULT_DATA, eval="none",
+)  # fmt: skip
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence for stderr, exit code 2, no traceback."""
+
+
+def option(default, help, **argparse_words):
+    """One field of Config: its default, its help text, and any further words for argparse."""
+    shown = "" if default is None or default is False else f" [{default}]"
+    words = {"help": (help + shown).replace("%", "%%"), **argparse_words}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=words)
+    return dataclasses.field(default=default, metadata=words)
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run. A default in brackets is [tiny world | with --model]."""
+
+    model: str = option(None, "teacher: a folder or a hub name; without it, the tiny world runs")
+    revision: str = option(None, "the hub revision of --model")
+    ratio: float = option(None, "student width as a share of the teacher's, in (0, 1] [0.5]")
+    hidden_size: int = option(None, "student width itself, instead of --ratio")
+    methods: list[str] = option(None, "how projections start [red lrc lrc | red]", choices=METHODS)
+    data: str = option(
+        None, "local .txt, .jsonl or .parquet, or hub name[:config[:split]] [FineWeb-Edu sample]"
+    )
+    calibration_data: str = option(None, "calibration text, given like --data [the same data]")
+    calibration_samples: int = option(None, "sequences to calibrate on [15]")
+    importance: Literal["norm-output", "normalised-stream", "variance"] = option(
+        "norm-output", "statistic that scores the channels"
+    )
+    alignment: Literal["plain", "relative"] = option(
+        "relative", "alignment terms as LRC has them, or each divided by the teacher's mean square"
+    )
+    steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [300 | 1000]")
+    batch_size: int = option(None, "sequences per micro-batch [32 | 8]")
+    grad_accum: int = option(1, "micro-batches per optimiser step")
+    seq_len: int = option(None, "tokens per sequence [96 | 512]")
+    learning_rate: float = option(None, "peak learning rate of Adam [3e-3 | 3e-4]")
+    temperature: list[float] = option(
+        None, "softening of the KL term: one value, or one per method [1 1 40 | 1]"
+    )
+    alpha: float = option(0.2, "weight of the alignment loss")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "precision of the matrix products; auto is bfloat16 on cuda, else float32"
+    )
+    out: str = option(None, "folder for the results [runs/tiny | runs/MODEL-WIDTH]")
+    overwrite: bool = option(False, "replace an earlier run's results in --out")
+    eval: Literal["none", "chains", "gsm8k"] = option(
+        None, "task to measure besides loss and effective rank [chains | none]"
+    )
+    eval_data: str = option(None, "GSM8K problems: local .jsonl or hub name [openai/gsm8k, test]")
+    eval_shots_data: str = option(None, "GSM8K shots: the same, of which the first five are used")
+    eval_limit: int = option(None, "measure only the first so many GSM8K problems")
+
+
+def parse_arguments(arguments=None):
+    """Command line (list of words; None: sys.argv) -> Config. A mistake raises UserError."""
+    parser = transformers.HfArgumentParser(
+        Config,
+        prog="red.py",
+        description="RED: compress a language model's hidden width, keeping its reasoning.",
+        formatter_class=argparse.HelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def refuse(message):
+        raise UserError(f"{message}; python red.py --help lists every flag.")
+
+    parser.error = refuse
+    config = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+    check(config)
+    return config
+
+
+def check(config):
+    """Fill in what was not given and refuse what cannot be (UserError). Loads nothing."""
+    if config.methods is not None and config.temperature is None:
+        config.temperature = [1.0]
+    for name, value in (MODEL_DEFAULTS if config.model else TINY_DEFAULTS).items():
+        if getattr(config, name) is None:
+            setattr(config, name, copy.copy(value))
+    if len(config.temperature) == 1:
+        config.temperature = config.temperature * len(config.methods)
+    if len(config.temperature) != len(config.methods):
+        raise UserError(
+            f"--temperature takes one value or one per method: got {len(config.temperature)} "
+            f"for {len(config.methods)} methods."
+        )
+    runs = list(zip(config.methods, config.temperature))
+    if len(set(runs)) < len(runs):
+        raise UserError("--methods names the same method twice at one temperature; name it once.")
+    if config.ratio is not None and config.hidden_size is not None:
+        raise UserError("--ratio and --hidden-size say the same thing twice; give one of them.")
+    if config.ratio is None and config.hidden_size is None:
+        config.ratio = 0.5
+    if config.ratio is not None and not 0 < config.ratio <= 1:
+        raise UserError(f"--ratio must lie in (0, 1], got {config.ratio:g}.")
+    least = dict(hidden_size=1, calibration_samples=2, steps=0, batch_size=1, grad_accum=1)
+    least |= dict(seq_len=2, seed=0, eval_limit=1)
+    for name, bound in least.items():
+        value = getattr(config, name)
+        if value is not None and value < bound:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {bound}, got {value}.")
+    positive = [("--learning-rate", config.learning_rate)]
+    positive += [("--temperature", value) for value in config.temperature]
+    for flag, value in positive:
+        if not 0 < value < math.inf:
+            raise UserError(f"{flag} must be a positive number, got {value:g}.")
+    if not 0 <= config.alpha < math.inf:
+        raise UserError(f"--alpha must be zero or a positive number, got {config.alpha:g}.")
+    if not config.model:
+        for name in ("data", "calibration_data", "revision"):
+            if getattr(config, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --model, the teacher to use.")
+        if config.eval == "gsm8k":
+            raise UserError("--eval gsm8k needs --model: the tiny world knows only digits.")
+
+
+def resolve_device(config):
+    """--device and --dtype -> (torch.device, torch.dtype). A device not there: UserError."""
+    backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = config.device
+    if name == "auto":
+        name = next((backend for backend, there in backends.items() if there), "cpu")
+    try:
+        device = torch.device(name)
+        there = device.type == "cpu" or backends.get(device.type, False)
+        if there and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            there = False
+    except RuntimeError:
+        there = False
+    if not there:
+        raise UserError(f"there is no device {name!r} on this machine; --device cpu always works.")
+    if config.dtype == "auto":
+        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, getattr(torch, config.dtype)
+
+
+# ==================================================================================================
+# Teacher and data (App. F)
+#
+# A frozen teacher of a supported family, and batches of packed tokens. A batch is a dict of
+# `input_ids` and `labels`, both (batch, tokens) and aligned as in transformers (the shift by one
+# is made inside the loss; -100 is ignored), and an `attention_mask` where there is padding.
+# ==================================================================================================
+
+
+@dataclasses.dataclass
+class Task:
+    """What a distillation needs besides a method: the same for all methods that are compared."""
+
+    teacher: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    calibration: list  # batches of one sequence, for the channel statistics
+    held_out: list  # batches that training never sees
+    stream: object  # () -> a fresh, endless iterator over training batches, the same every time
+    measure: object  # model -> dict of task scores
+    source: dict = dataclasses.field(default_factory=dict)  # name and licence, for the model card
+
+
+def first_line(error):
+    """The first line of an exception's text, for a message of one sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
+    """A frozen teacher and its tokenizer, from a folder or the hub (§3).
+
+    The config comes first: an unsupported model is refused before its weights are downloaded.
+    Raises UserError where the model is missing, broken, quantised or of another family.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(f"{name} holds no config.json, so it is no model folder.")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except Exception as error:
+        raise UserError(
+            f"cannot read the config of {name!r} ({first_line(error)}); check the name, or pass "
+            "a folder that holds config.json, the weights and the tokenizer."
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{name} is a {config.model_type!r} model; supported are {', '.join(FAMILIES)}."
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{name} is quantised; pass the full-precision checkpoint it came from.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        teacher = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, config=config, dtype=dtype
+        )
+    except Exception as error:
+        raise UserError(
+            f"cannot load {name!r} ({first_line(error)}); its weights or tokenizer are missing or "
+            "damaged, so fetch them again."
+        ) from error
+    return teacher.to(device).eval().requires_grad_(False), tokenizer
+
+
+def open_documents(source):
+    """`--data` -> a streaming datasets.IterableDataset. UserError where it cannot be read.
+
+    A path that exists, or ends like a local file, is local; anything else is a hub dataset as
+    `name`, `name:config` or `name:config:split`.
+    """
+    import datasets  # here, because it takes seconds to import and the tiny world needs none of it
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    readers = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+    try:
+        if path.suffix in readers or path.exists():
+            if not path.is_file():
+                raise UserError(f"there is no file {source}.")
+            if path.suffix not in readers:
+                raise UserError(f"{source} must end in .txt, .jsonl or .parquet.")
+            if path.stat().st_size == 0:
+                raise UserError(f"{source} is empty.")
+            words = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
+            return datasets.load_dataset(
+                readers[path.suffix], data_files=str(path), split="train", streaming=True, **words
+            )
+        name, config, split = (source.split(":") + [None, None])[:3]
+        return datasets.load_dataset(
+            name, config or None, split=split or "train", streaming=True
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"cannot read the data {source!r} ({first_line(error)}); pass --data a local .txt, "
+            ".jsonl or .parquet file, or the name of a hub dataset that can be reached."
+        ) from error
+
+
+def document_tokens(document, tokenizer):
+    """One document -> its token ids, closed by the end-of-text token.
+
+    Fields: `messages` (through the tokenizer's chat template), `question` and `answer`, or `text`.
+    """
+    special = True
+    if document.get("messages"):
+        if not tokenizer.chat_template:
+            raise UserError("the data holds chats, but the teacher's tokenizer has no template.")
+        text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
+        special = False  # the template writes the special tokens itself
+    elif document.get("question") is not None and document.get("answer") is not None:
+        text = f"Question: {document['question']}\nAnswer: {document['answer']}"
+    elif document.get("text") is not None:
+        text = document["text"]
+    else:
+        raise UserError(
+            "the data has none of the fields `text`, `messages`, or `question` with `answer`; "
+            f"it has {', '.join(map(str, document)) or 'no field at all'}."
+        )
+    tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return tokens if end is None or tokens[-1:] == [end] else tokens + [end]
+
+
+def packed_rows(documents, tokenizer, seq_len):
+    """Documents -> rows of exactly `seq_len` token ids, cut from one long string of documents."""
+    held = []
+    for document in documents:
+        held += document_tokens(document, tokenizer)
+        while len(held) >= seq_len:
+            yield held[:seq_len]
+            held = held[seq_len:]
+
+
+def as_batches(rows, batch_size, device):
+    """Rows of token ids -> batches in which every token is a label. A last short batch is kept."""
+    rows = iter(rows)
+    while chosen := list(itertools.islice(rows, batch_size)):
+        ids = torch.tensor(chosen, device=device)
+        yield {"input_ids": ids, "labels": ids}
+
+
+def text_task(config, teacher, tokenizer, device):
+    """The Task of a real teacher: streamed text, its first documents held out (App. F.2).
+
+    Held out are the first 200 documents, or a tenth of a smaller source, of which at most 32
+    sequences are measured. Calibration uses the first training sequences unless it has data of
+    its own. Raises UserError for text shorter than what a run needs.
+    """
+    documents = open_documents(config.data)
+    try:
+        probe = list(documents.take(2000))
+    except Exception as error:  # a file that opens and is no text, or breaks halfway
+        raise UserError(f"cannot read the data {config.data!r} ({first_line(error)}).") from error
+    held_out_documents = max(1, min(200, len(probe) // 10))
+    rows = packed_rows(probe[:held_out_documents], tokenizer, config.seq_len)
+    held_out_rows = list(itertools.islice(rows, 32))
+    training = documents.skip(held_out_documents)
+    if not held_out_rows or not next(packed_rows(training, tokenizer, config.seq_len), None):
+        raise UserError(
+            f"{config.data} is too short: training and the held-out part need at least one "
+            f"sequence of {config.seq_len} tokens each; give more text or a smaller --seq-len."
+        )
+
+    def stream():
+        for epoch in itertools.count():
+            if epoch:
+                tqdm.write(f"the data is used up; repeating it, shuffled anew (epoch {epoch + 1})")
+            shuffled = training.shuffle(seed=config.seed + epoch, buffer_size=2000)
+            rows = packed_rows(shuffled, tokenizer, config.seq_len)
+            yield from as_batches(rows, config.batch_size, device)
+
+    calibration = training
+    if config.calibration_data:
+        calibration = open_documents(config.calibration_data)
+    try:
+        rows = packed_rows(calibration, tokenizer, config.seq_len)
+        samples = list(itertools.islice(rows, config.calibration_samples))
+    except Exception as error:
+        reason = first_line(error)
+        raise UserError(f"cannot read {config.calibration_data!r} ({reason}).") from error
+    if len(samples) < 2:
+        raise UserError(
+            f"the calibration data gives {len(samples)} sequences of {config.seq_len} tokens and "
+            "at least 2 are needed; give more text or a smaller --seq-len."
+        )
+    return Task(
+        teacher=teacher,
+        tokenizer=tokenizer,
+        calibration=list(as_batches(samples, 1, device)),
+        held_out=list(as_batches(held_out_rows, config.batch_size, device)),
+        stream=stream,
+        measure=task_scores(config, tokenizer),
+        source={"name": config.model, "licence": licence_of(config.model), "data": config.data},
+    )
+
+
+def licence_of(model):
+    """The licence that a teacher's model card names, or None: folders and hub names alike."""
+    from huggingface_hub import ModelCard
+
+    card = Path(model) / "README.md"
+    if Path(model).is_dir() and not card.is_file():
+        return None
+    try:
+        return ModelCard.load(card if card.is_file() else model).data.get("license")
+    except Exception:  # no card, no front matter, no network: the licence stays unknown
+        return None
+
+
+# ==================================================================================================
+# Effective rank (§4)
+#
+# The paper's instrument. Hidden states whose effective rank is low are hard to tell apart, and a
+# chain of reasoning that has to tell its steps apart breaks first.
+# ==================================================================================================
+
+
+def effective_rank(hidden):
+    """eRank(H) = exp(-sum p ln p), p = singular values / their sum (§4; Roy & Vetterli 2007).
+
+    hidden: (..., d), any floating dtype; all leading dimensions are rows. Returns a float between
+    1 and min(rows, d), or 0.0 for a zero matrix. The singular values are the roots of the smaller
+    Gram matrix's eigenvalues, in float64: on 2,048 x 576 normal data within 1e-10 of an SVD, and
+    it stays within 1e-4 down to rank one. Raises ValueError for values that are not finite.
+    """
+    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+    hidden = (hidden.cpu() if hidden.device.type == "mps" else hidden).double()  # mps: no float64
+    if not torch.isfinite(hidden).all():
+        raise ValueError("effective_rank needs finite values")
+    hidden = hidden / hidden.abs().max().clamp_min(1e-300)  # so that squares cannot overflow
+    gram = hidden.T @ hidden if hidden.shape[0] >= hidden.shape[1] else hidden @ hidden.T
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    floor = eigenvalues[-1] * len(eigenvalues) * torch.finfo(torch.float64).eps
+    values = eigenvalues[eigenvalues > floor].sqrt()  # below the floor there is only rounding
+    if len(values) == 0:
+        return 0.0
+    p = values / values.sum()
+    return torch.exp(-(p * p.log()).sum()).item()
+
+
+class watch:
+    """While open, `see(name, inputs, output)` is called whenever one of the named modules runs.
+
+    The one way in which this file looks inside a model: calibration, alignment and effective rank
+    all use it, for any nn.Module. `names` are those of `model.named_modules()`.
+    """
+
+    def __init__(self, model, names, see):
+        self.model, self.names, self.see = model, names, see
+
+    def __enter__(self):
+        def hook_of(name):
+            return lambda module, inputs, output: self.see(name, inputs[0], output)
+
+        get = self.model.get_submodule
+        self.hooks = [get(name).register_forward_hook(hook_of(name)) for name in self.names]
+
+    def __exit__(self, *error):
+        for hook in self.hooks:
+            hook.remove()
+
+
+def last_hidden(model, batch):
+    """The causal model's last normed hidden states, (batch, tokens, d), without any logits."""
+    mask = batch.get("attention_mask")
+    output = model.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
+    return output.last_hidden_state
+
+
+def observe(model, batches, names, see):
+    """Run the model over batches without gradient, and show `see` each named module's work.
+
+    It is called as see(name, input, output), both (tokens, width), with padding left out.
+    """
+    for batch in batches:
+        real = batch.get("attention_mask")
+        real = torch.ones_like(batch["input_ids"]) if real is None else real
+        real = real.bool()
+
+        def see_real(name, before, after):
+            see(name, before[real], after[real])
+
+        with torch.no_grad(), watch(model, names, see_real):
+            last_hidden(model, batch)
+
+
+# ==================================================================================================
+# Calibration and selection (§5, Eqs. 9-10, Theorem 5.1)
+#
+# The contribution of RED. A few sequences through the teacher score each channel of the residual
+# stream; the best become the student's channels. The stream is one space, so one set of channels
+# serves every matrix [ours]: S is (d_t, d_s), a single 1 per column, and S.T @ S = I.
+# ==================================================================================================
+
+
+@dataclasses.dataclass
+class Calibration:
+    """What `calibrate` found."""
+
+    batches: list
+    importance: torch.Tensor  # (d_t,)
+    channels: torch.Tensor  # (d_s,)
+    overlap: float  # of the channels that two halves of the calibration set pick, from 0 to 1
+    rescaling: dict  # norm name -> factor on its kept gains
+    scales: dict  # aligned module -> mean square of the teacher's output
+
+
+def stream_norms(model):
+    """Names of the 2L + 1 norm layers of the residual stream, in order (not q_norm or k_norm)."""
+    leaves = ("input_layernorm", "post_attention_layernorm", "norm")
+    return [name for name, _ in model.named_modules() if name.split(".")[-1] in leaves]
+
+
+def channel_importance(model, batches, statistic="norm-output"):
+    """How much the teacher uses each channel of its residual stream (§5).
+
+    batches: dicts of `input_ids` (batch, tokens) and perhaps `attention_mask`; padding counts
+    nowhere. Returns (d_t,) float64, which sums to the number of norm layers: per layer, the
+    statistic over all tokens, scaled to sum 1 [ours: the paper's Eqs. 9-10 are not known to us]:
+      norm-output        mean absolute output of the norm layer, its gain included
+      normalised-stream  root mean square of the stream, each token scaled to RMS 1, without gain
+      variance           variance over tokens of the norm layer's output
+    Only running sums are kept, so memory does not grow with the calibration set. Raises
+    ValueError for an unknown statistic or no tokens.
+    """
+    if statistic not in ("norm-output", "normalised-stream", "variance"):
+        raise ValueError(f"unknown statistic {statistic!r}")
+    sums = {}
+
+    def see(name, stream, normed):
+        seen = (stream if statistic == "normalised-stream" else normed).float()
+        if statistic == "norm-output":
+            seen = seen.abs()
+        if statistic == "normalised-stream":
+            seen = seen / seen.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
+        seen = seen.cpu().double()  # the cpu has float64 everywhere; mps has none
+        count, first, second = sums.get(name, (0, 0.0, 0.0))
+        sums[name] = (count + len(seen), first + seen.sum(0), second + seen.square().sum(0))
+
+    observe(model, batches, stream_norms(model), see)
+    total = 0.0
+    for count, first, second in sums.values():
+        if statistic == "norm-output":
+            score = first / count
+        elif statistic == "normalised-stream":
+            score = (second / count).sqrt()
+        else:
+            score = (second / count - (first / count).square()).clamp_min(0)
+        total = total + score / score.sum()
+    if not torch.is_tensor(total) or not torch.isfinite(total).all():
+        raise ValueError("channel_importance needs tokens, and finite activations on them")
+    return total
+
+
+def aligned_modules(model):
+    """Names of the seven linear modules of each block, whose outputs are aligned (App. B)."""
+    return [name for name, _ in model.named_modules() if name.endswith("_proj")]
+
+
+def select_channels(importance, hidden_size):
+    """Indices of the `hidden_size` most important channels, ascending, (d_s,) int64 (§5).
+
+    Equal scores go to the lower index. Raises ValueError unless 0 < hidden_size <= d_t.
+    """
+    if not 0 < hidden_size <= len(importance):
+        raise ValueError(f"cannot keep {hidden_size} of {len(importance)} channels")
+    order = torch.sort(importance, descending=True, stable=True).indices
+    return order[:hidden_size].sort().values
+
+
+def selection_matrix(channels, width):
+    """S in {0,1}, (width, len(channels)) float32, with S[channels[j], j] = 1 (§5, Thm. 5.1).
+
+    Distinct channels make every singular value exactly 1. Raises ValueError for repeated ones.
+    """
+    if len(set(channels.tolist())) < len(channels):
+        raise ValueError("a channel is selected twice")
+    selection = torch.zeros(width, len(channels))
+    selection[channels.cpu(), torch.arange(len(channels))] = 1.0
+    return selection
+
+
+def gain_rescaling(model, batches, channels):
+    """Per norm layer, mean over tokens of rms(kept channels) / rms(all channels) [ours].
+
+    A student that keeps some channels divides them by their own RMS where the teacher divided by
+    that of all; this ratio on its gains makes up for it. Returns name -> float, 1.0 at full width.
+    """
+    sums = {}
+
+    def see(name, stream, normed):
+        kept = stream[:, channels].float().square().mean(-1)
+        ratio = (kept / stream.float().square().mean(-1).clamp_min(1e-30)).sqrt()
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = (total + ratio.sum().item(), count + len(ratio))
+
+    observe(model, batches, stream_norms(model), see)
+    return {name: total / count for name, (total, count) in sums.items()}
+
+
+def mean_squares(model, batches, names):
+    """Mean square of each named module's output over the real tokens: name -> float.
+
+    Measured once, these are the constants that `--alignment relative` divides by [ours].
+    """
+    sums = {}
+
+    def see(name, before, after):
+        total, count = sums.get(name, (0.0, 0))
+        sums[name] = (total + after.float().square().sum().item(), count + after.numel())
+
+    observe(model, batches, names, see)
+    return {name: max(total / count, 1e-12) for name, (total, count) in sums.items()}
+
+
+def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
+    """Everything that is measured on the teacher before training starts (§5), as a Calibration.
+
+    batches: a list of batches, of which each half also picks its own channels, to show how far
+    the choice can be trusted (App. G.2): `overlap` is the share on which the halves agree, and two
+    random sets would agree on hidden_size / d_t.
+    """
+    importance = channel_importance(teacher, batches, statistic)
+    channels = select_channels(importance, hidden_size)
+    middle = len(batches) // 2
+    halves = [
+        set(select_channels(channel_importance(teacher, half, statistic), hidden_size).tolist())
+        for half in (batches[:middle], batches[middle:])
+    ]
+    return Calibration(
+        batches=batches,
+        importance=importance,
+        channels=channels,
+        overlap=len(halves[0] & halves[1]) / hidden_size,
+        rescaling=gain_rescaling(teacher, batches, channels),
+        scales=mean_squares(teacher, batches, aligned_modules(teacher)),
+    )
+
+
+# ==================================================================================================
+# The projected student and its merge (§3, App. C)
+#
+# The student is an ordinary transformers model of the teacher's own architecture, only narrower,
+# whose weights are made from the teacher's: W @ P where a matrix reads the residual stream, P.T @ W
+# where it writes to it. They are made once per optimiser step and handed to the model, which then
+# runs as it is, on any attention kernel, through any number of micro-batches; its gradients are
+# carried back to the projections once. (The other way, projecting inside every forward, would pay
+# for the products anew with each micro-batch, and needs functional_call around each use.)
+# ==================================================================================================
+
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
+WRITERS = ("o_proj", "down_proj")
+
+
+def projected_matrices(model):
+    """Names of the modules with a projection of their own: seven a block, embedding, head (App. C).
+
+    A head tied to the embedding has none: it uses the embedding's.
+    """
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    names = [name for name, _ in model.named_modules() if name.split(".")[-1] in READERS + WRITERS]
+    return [name for name in names if not (tied and name == "lm_head")]
+
+
+def feeding_norm(name):
+    """The norm layer whose output the named matrix reads, or None (the embedding, the writers)."""
+    block, _, leaf = name.rpartition(".")
+    if leaf in ("q_proj", "k_proj", "v_proj"):
+        return block.rpartition(".")[0] + ".input_layernorm"
+    if leaf in ("gate_proj", "up_proj"):
+        return block.rpartition(".")[0] + ".post_attention_layernorm"
+    return "model.norm" if leaf == "lm_head" else None
+
+
+class ProjectedStudent:
+    """A student whose every weight is a function of the frozen teacher's (§3, App. C).
+
+    teacher      a causal language model, (d_t) wide; never changed
+    model        the same architecture, (d_s) wide, its parameters perhaps on the meta device: the
+                 student itself, an ordinary model that may be called, or generate, at any time
+    projections  matrix name -> (d_t, d_s) float tensor, for all `projected_matrices(teacher)`
+    gains        norm name -> (d_s,) float tensor, for all `stream_norms(teacher)`
+    fold         let the teacher's gains act inside the reading weights, W @ diag(g) @ P, as a
+                 rotated start needs; the student's gains then start at 1 [ours]
+
+    Not an nn.Module, so that what trains is plain to see: `parameters()` is the projections and
+    the gains, float32 whatever the teacher's precision, and nothing else. Raises ValueError
+    where projections or gains are missing or of the wrong shape.
+    """
+
+    def __init__(self, teacher, model, projections, gains, fold=False):
+        self.teacher, self.model, self.fold = teacher, model, fold
+        embedding = teacher.model.embed_tokens.weight
+        width, narrow = embedding.shape[1], model.model.embed_tokens.weight.shape[1]
+        expected = {name: (width, narrow) for name in projected_matrices(teacher)}
+        expected |= {name: (narrow,) for name in stream_norms(teacher)}
+        given = {name: tuple(t.shape) for name, t in {**projections, **gains}.items()}
+        if given != expected:
+            wrong = sorted(n for n in given.keys() | expected if given.get(n) != expected.get(n))
+            raise ValueError(f"projections or gains missing or of the wrong shape: {wrong[:3]}")
+
+        def trainable(tensor):
+            return torch.nn.Parameter(tensor.to(embedding.device, torch.float32, copy=True))
+
+        self.projections = {name: trainable(tensor) for name, tensor in projections.items()}
+        self.gains = {name: trainable(tensor) for name, tensor in gains.items()}
+        self.frozen = {name: weight.detach() for name, weight in teacher.named_parameters()}
+        # Rotary tables live in head space, the same in both, and in no state dict: share them.
+        model.model.rotary_emb = teacher.model.rotary_emb
+        made = self.merge()
+        weights = {name: weight.detach() for name, weight in made.items()}
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
+        model.model.embed_tokens.padding_idx = None  # else padding's row would get no gradient
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(made[name].requires_grad)
+        model.eval()
+
+    def parameters(self):
+        """Everything that learns, a list: the projections, then the gains."""
+        return [*self.projections.values(), *self.gains.values()]
+
+    def merge(self):
+        """The student's weights, name -> tensor, as differentiable functions of the projections.
+
+        Names and shapes are those of the student's own checkpoint (App. C). Biases of o and down
+        live in the stream and are projected like their weights [ours]; what lives in head space
+        (q/k/v biases, q_norm, k_norm) is the teacher's own.
+        """
+        weights = {}
+        for name, weight in self.frozen.items():
+            module = name.rpartition(".")[0]
+            if module in self.gains:
+                weights[name] = self.gains[module].to(weight.dtype)
+            elif module not in self.projections or module.endswith(READERS) and weight.dim() == 1:
+                weights[name] = weight
+            else:
+                projection = self.projections[module]
+                norm = feeding_norm(module) if self.fold else None
+                if norm is not None:  # W @ diag(g) @ P: the gain scales the rows of P
+                    projection = self.frozen[norm + ".weight"][:, None] * projection
+                projection = projection.to(weight.dtype)
+                reads = module.endswith(READERS)
+                weights[name] = weight @ projection if reads else projection.T @ weight
+        return weights
+
+    def make_weights(self):
+        """Merge, and let the model use the result; its gradients start anew. Once per step."""
+        self.made = self.merge()
+        for name, parameter in self.model.named_parameters():
+            parameter.data = self.made[name].detach()
+            parameter.grad = None
+
+    def carry_back(self):
+        """From the gradients of the made weights to those of the projections and gains."""
+        pairs = [
+            (self.made[name], parameter.grad)
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        ]
+        torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+        self.made = None
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def export(self, folder, tokenizer=None):
+        """Write the merged student as a standard checkpoint: no custom code is needed to load it.
+
+        Raises OSError where the folder cannot be written.
+        """
+        with torch.no_grad():
+            self.make_weights()
+        self.model.generation_config = copy.deepcopy(self.teacher.generation_config)
+        self.model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+
+
+def student_config(teacher_config, hidden_size):
+    """The teacher's config at another width: `head_dim` pinned, no trace of quantisation.
+
+    Raises ValueError for a width that the family does not accept (a Llama's must be a multiple of
+    its number of heads).
+    """
+    values = teacher_config.to_dict()
+    for trace in ("quantization_config", "_name_or_path", "dtype", "transformers_version"):
+        values.pop(trace, None)
+    heads = teacher_config.num_attention_heads
+    head_dim = getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // heads
+    values.update(hidden_size=hidden_size, head_dim=head_dim)
+    return type(teacher_config)(**values)
+
+
+def nearest_width(teacher_config, wanted):
+    """The accepted student width nearest to `wanted` (a float), the larger of two as near.
+
+    Raises UserError where that is none between 1 and the teacher's width.
+    """
+    widths = range(1, teacher_config.hidden_size + 1)
+    for width in sorted(widths, key=lambda width: (abs(width - wanted), -width)):
+        try:
+            student_config(teacher_config, width)
+            return width
+        except ValueError:
+            continue
+    raise UserError("this teacher's config accepts no student width.")
+
+
+def random_orthonormal(width, narrow, generator):
+    """(width, narrow) float32 with orthonormal columns, uniform over all such matrices."""
+    q, r = torch.linalg.qr(torch.randn(width, narrow, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal().sign()).float()
+
+
+def initial_projections(method, names, width, narrow, channels, generator):
+    """Where the projections start: name -> (width, narrow) float32 (§5; the baselines: Table 7).
+
+    red, random-selection   the same selection matrix of `channels` for every name
+    lrc                     N(0, std), one per name; std = 0.02 * sqrt(3072 / width), so that
+                            P.T @ P has the mean diagonal it has at LRC's own width of 3,072 [ours]
+    orthogonal              random orthonormal columns, one per name
+    shared-orthogonal       random orthonormal columns, the same for every name
+    Raises ValueError for an unknown method.
+    """
+    if method in ("red", "random-selection"):
+        shared = selection_matrix(channels, width)
+    elif method == "shared-orthogonal":
+        shared = random_orthonormal(width, narrow, generator)
+    elif method == "orthogonal":
+        return {name: random_orthonormal(width, narrow, generator) for name in names}
+    elif method == "lrc":
+        std = 0.02 * (3072 / width) ** 0.5
+        return {name: std * torch.randn(width, narrow, generator=generator) for name in names}
+    else:
+        raise ValueError(f"unknown method {method!r}")
+    return {name: shared.clone() for name in names}
+
+
+def initial_gains(method, teacher, projections, channels, rescaling):
+    """Where the norm gains start: norm name -> (d_s,) [ours, but for LRC's ones].
+
+    Kept channels keep the teacher's gains, times `rescaling` (norm name -> float). Rotations fold
+    the gains into the reading weights and start at 1; a tied head cannot fold, so there the final
+    gain is the diagonal of P.T @ diag(g) @ P.
+    """
+    gains = {}
+    embedding = projections["model.embed_tokens"]
+    for name in stream_norms(teacher):
+        gain = teacher.get_submodule(name).weight.detach().float().cpu()
+        if method in ("red", "random-selection"):
+            gains[name] = gain[channels.cpu()] * rescaling[name]
+        elif method != "lrc" and name == "model.norm" and "lm_head" not in projections:
+            gains[name] = gain @ embedding.square()
+        else:
+            gains[name] = torch.ones(embedding.shape[1])
+    return gains
+
+
+def new_student(method, teacher, hidden_size, calibration, seed=0):
+    """A student of `hidden_size` at the start of training, by any of METHODS (§3, §5)."""
+    generator = torch.Generator().manual_seed(seed)
+    width = teacher.config.hidden_size
+    channels = calibration.channels
+    rescaling = calibration.rescaling
+    if method == "random-selection":
+        channels = torch.randperm(width, generator=generator)[:hidden_size].sort().values
+        rescaling = gain_rescaling(teacher, calibration.batches, channels)
+    names = projected_matrices(teacher)
+    projections = initial_projections(method, names, width, hidden_size, channels, generator)
+    gains = initial_gains(method, teacher, projections, channels, rescaling)
+    with torch.device("meta"):  # no memory and no random numbers: the weights come from merge()
+        model = AutoModelForCausalLM.from_config(
+            student_config(teacher.config, hidden_size),
+            dtype=teacher.dtype,
+            attn_implementation=teacher.config._attn_implementation,
+        )
+    fold = method in ("orthogonal", "shared-orthogonal")
+    return ProjectedStudent(teacher, model, projections, gains, fold)
+
+
+# ==================================================================================================
+# Losses (App. B)
+#
+# KL from the teacher, cross-entropy of the next token, and alignment of activations. At a real
+# vocabulary the logits are the largest tensors of a step, so KL and cross-entropy are computed in
+# chunks of tokens, and their gradient with them: no two full logit tensors ever exist.
+# ==================================================================================================
+
+
+def alignment_loss(student, teacher, projection=None, mask=None):
+    """Mean squared error between activations, over real tokens and features (App. B).
+
+    student (batch, tokens, n), teacher (batch, tokens, n) for what lives in head or FFN space (q,
+    k, v, gate, up); teacher (batch, tokens, d_t) with projection (d_t, d_s) for what the student
+    writes to its stream (o, down). The projection is not detached: it learns from here, too.
+    mask (batch, tokens): True for real tokens. Returns a scalar, float32 or better.
+    """
+    target = teacher if projection is None else teacher @ projection.to(teacher.dtype)
+    if mask is not None:
+        student, target = student[mask], target[mask]
+    if student.dtype in (torch.bfloat16, torch.float16):
+        student, target = student.float(), target.float()
+    return torch.nn.functional.mse_loss(student, target)
+
+
+class ChunkedDistillation(torch.autograd.Function):
+    """The work of `distillation_loss`: forward also forms the gradients, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, count):
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        kl, cross_entropy = torch.zeros(2, dtype=precise, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_head = torch.zeros_like(head, dtype=precise)
+        rows = max(1, 2**24 // len(head))
+        for i in range(0, len(targets), rows):
+            chunk, target = hidden[i : i + rows], targets[i : i + rows, None]
+            logits = (chunk @ head.T).to(precise)
+            log_q = torch.log_softmax(logits / temperature, -1)  # the student, softened
+            logits_t = (teacher_hidden[i : i + rows] @ teacher_head.T).to(precise)
+            log_p = torch.log_softmax(logits_t / temperature, -1)  # the teacher, softened
+            log_q1 = log_q if temperature == 1 else torch.log_softmax(logits, -1)
+            p = log_p.exp()
+            kl += temperature**2 * torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
+            cross_entropy -= log_q1.gather(1, target).sum()
+            # d/dlogits of KL is T (q - p), of cross-entropy softmax(logits) - onehot(target)
+            gradient = log_q.exp()
+            if temperature == 1:
+                gradient = gradient.mul_(2).sub_(p)
+            else:
+                gradient = gradient.sub_(p).mul_(temperature).add_(log_q1.exp_())
+            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
+            gradient = gradient.div_(count).to(hidden.dtype)
+            grad_hidden[i : i + rows] = gradient @ head
+            grad_head += gradient.T @ chunk
+        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+        kl, cross_entropy = kl / count, cross_entropy / count
+        ctx.mark_non_differentiable(kl, cross_entropy)
+        return kl + cross_entropy, kl, cross_entropy
+
+    @staticmethod
+    def backward(ctx, grad_loss, *not_differentiable):
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad_loss * grad_hidden, grad_loss * grad_head, None, None, None, None, None
+
+
+def distillation_loss(
+    student_hidden, student_head, teacher_hidden, teacher_head, labels, temperature=1.0, count=None
+):
+    """KL(teacher || student) and next-token cross-entropy (App. B).
+
+    student_hidden (batch, tokens, d_s) and student_head (vocabulary, d_s) make the logits, and the
+    teacher's likewise, d_t wide; labels (batch, tokens), aligned with the tokens: the shift by one
+    is made here, and -100 is ignored. KL is softened by `temperature` and weighted by its square;
+    both terms are means over the labels that count [ours; LRC sums KL over a sequence, without
+    the square], or sums over `count` where micro-batches share one mean.
+    Returns (KL + cross-entropy, KL, cross-entropy) in nats per token; only the first carries
+    gradient, to student_hidden and student_head. Raises ValueError unless temperature > 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    counts = labels[:, 1:] != -100
+    return ChunkedDistillation.apply(
+        student_hidden[:, :-1][counts],
+        student_head,
+        teacher_hidden[:, :-1][counts].detach(),
+        teacher_head.detach(),
+        labels[:, 1:][counts],
+        temperature,
+        max(1, int(counts.sum()) if count is None else count),
+    )
+
+
+# ==================================================================================================
+# Distillation (App. F.1)
+#
+# The loop of the paper: frozen teacher, projected student, three losses, Adam. Weight decay is 0,
+# because decay would shrink the projections, and warm-up, linear decay and clipping are LRC's.
+# ==================================================================================================
+
+
+def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, scales=None):
+    """The gradients of one optimiser step, left in the student's projections and gains.
+
+    micro_batches: a list of batches; the losses are means over all of them together. scales:
+    module name -> what its alignment term is divided by (None: by nothing, LRC's plain form).
+    Returns the total loss and its terms, as detached scalars.
+    """
+    student.make_weights()
+    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+    tokens = [
+        batch["input_ids"].numel() if batch.get("attention_mask") is None
+        else int(batch["attention_mask"].sum())
+        for batch in micro_batches
+    ]  # fmt: skip
+    aligned = aligned_modules(teacher)
+    totals = dict.fromkeys(("loss", "kl", "cross_entropy", "alignment"), 0.0)
+    for batch, share in zip(micro_batches, tokens):
+        activations, terms = {}, []
+        mask = batch.get("attention_mask")
+        mask = None if mask is None else mask.bool()
+
+        def keep(name, before, after):
+            activations[name] = after
+
+        def compare(name, before, after):  # at once, so that the teacher's can be let go
+            projection = student.projections[name] if name.endswith(WRITERS) else None
+            term = alignment_loss(after, activations.pop(name), projection, mask)
+            terms.append(term / scales[name] if scales else term)
+
+        with torch.no_grad(), watch(teacher, aligned, keep):
+            teacher_hidden = last_hidden(teacher, batch)
+        with watch(student.model, aligned, compare):
+            student_hidden = last_hidden(student.model, batch)
+        likelihood, kl, cross_entropy = distillation_loss(
+            student_hidden, student.model.lm_head.weight,
+            teacher_hidden, teacher.lm_head.weight,
+            batch["labels"], temperature, labels,
+        )  # fmt: skip
+        alignment = torch.stack(terms).sum() * (share / sum(tokens))
+        loss = likelihood + alpha * alignment
+        loss.backward()
+        for name, term in zip(totals, (loss, kl, cross_entropy, alignment)):
+            totals[name] = totals[name] + term.detach()
+    student.carry_back()
+    return totals
+
+
+def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alpha=0.2,
+            scales=None, grad_accum=1, log=None, progress="distil"):  # fmt: skip
+    """Train the student's projections and gains, in place (App. F.1).
+
+    stream: an iterator over batches, of which each step takes `grad_accum`. log: called after
+    each step with a dict of step, loss terms, learning rate, gradient norm and seconds. Raises
+    FloatingPointError as soon as the loss is no longer finite.
+    """
+    optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, fused=True)
+    warm_up = max(1, round(0.005 * steps))  # LRC: half a percent, then linear decay
+
+    def rate(step):
+        return min(1.0, (step + 1) / warm_up) * (steps - step) / max(1, steps)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    bar = tqdm(range(steps), desc=progress, leave=False, disable=steps == 0)
+    for step in bar:
+        started = time.perf_counter()
+        micro_batches = list(itertools.islice(stream, grad_accum))
+        losses = training_step(teacher, student, micro_batches, temperature, alpha, scales)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        if not torch.isfinite(losses["loss"] + norm):
+            raise FloatingPointError(f"the loss is not finite at step {step + 1}")
+        optimizer.step()
+        optimizer.zero_grad()
+        record = {"step": step + 1} | {name: float(value) for name, value in losses.items()}
+        record |= {"learning_rate": schedule.get_last_lr()[0], "gradient_norm": float(norm)}
+        record |= {"seconds": time.perf_counter() - started}
+        schedule.step()
+        bar.set_postfix(loss=f"{record['loss']:.3f}")
+        if log:
+            log(record)
+    with torch.no_grad():
+        student.make_weights()
+
+
+# ==================================================================================================
+# Evaluation (§6)
+#
+# Held-out loss and effective rank for any causal language model, teacher or student alike, and two
+# tests of reasoning: chains of the tiny world, and GSM8K as lm-evaluation-harness scores it.
+# ==================================================================================================
+
+
+def evaluate(model, batches, rank_tokens=4096):
+    """Held-out loss and the effective rank of each block's output (§4, §6).
+
+    Returns a dict: `loss` in nats per label, `perplexity`, and by block `erank` of the raw
+    residual stream and `erank_normalised` of the stream with each token scaled to RMS 1 (a few
+    massive activations rule the raw one on real teachers), both over at most `rank_tokens` tokens.
+    """
+    total, count, states = 0.0, 0, {}
+    blocks = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+
+    def see(name, before, after):
+        seen = states.setdefault(name, [])
+        if sum(map(len, seen)) < rank_tokens:
+            seen.append((after if real is None else after[real]).reshape(-1, after.shape[-1]))
+
+    with torch.no_grad(), watch(model, blocks, see):
+        for batch in batches:
+            real = batch.get("attention_mask")
+            real = None if real is None else real.bool()
+            hidden, labels = last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
+            counts = labels != -100
+            for h, target in zip(hidden[counts].split(512), labels[counts].split(512)):
+                logits = model.lm_head(h).float()
+                total += F.cross_entropy(logits, target, reduction="sum").item()
+            count += int(counts.sum())
+    loss = total / max(1, count)
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count}
+    rows = [torch.cat(states[name])[:rank_tokens].float() for name in blocks]
+    result["erank"] = [effective_rank(h) for h in rows]
+    result["erank_normalised"] = [effective_rank(F.normalize(h, dim=-1)) for h in rows]
+    return result
+
+
+def singular_spread(student):
+    """Standard deviation / mean of each projection's singular values, mean over projections (§4).
+
+    0 for a start with selection matrices or orthonormal ones; it grows as few directions win.
+    """
+    spreads = []
+    for projection in student.projections.values():
+        values = torch.linalg.svdvals(projection.detach())
+        spreads.append((values.std(correction=0) / values.mean()).item())
+    return sum(spreads) / len(spreads)
+
+
+def generate(model, tokenizer, prompts, new_tokens, stop=None):
+    """Greedy continuations of a list of prompts, as text without special tokens."""
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    output = model.generate(
+        **batch, max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None,
+        top_k=None, pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer,
+    )  # fmt: skip
+    continuation = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(continuation, skip_special_tokens=True)
+
+
+def task_scores(config, tokenizer):
+    """`--eval` -> a function of a model that returns its scores, a dict ({} for `none`)."""
+    if config.eval == "chains":
+        if set(TINY_ALPHABET) - set(tokenizer.get_vocab()):
+            raise UserError("--eval chains needs a teacher of the tiny world, such as OUT/teacher.")
+        return lambda model: chain_scores(model, tokenizer)
+    if config.eval == "gsm8k":
+        shots = list(open_documents(config.eval_shots_data or "openai/gsm8k:main:train").take(5))
+        problems = open_documents(config.eval_data or "openai/gsm8k:main:test")
+        problems = list(problems.take(config.eval_limit) if config.eval_limit else problems)
+        if not all("question" in each and "answer" in each for each in shots + problems):
+            raise UserError("GSM8K data needs the fields `question` and `answer`.")
+        return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
+    return lambda model: {}
+
+
+def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
+    """GSM8K accuracy, scored as lm-evaluation-harness 0.4 scores its task `gsm8k` (§6).
+
+    problems, shots: lists of dicts of `question` and `answer`. Prompt, stop strings, 256 new
+    tokens, greedy decoding, and both extractions of the answer are the harness's; its shots are
+    drawn anew for each problem, ours are `shots` for all (its `first_n` sampler). Returns
+    `strict` and `flexible` accuracy, and `problems`: the answers, extractions and verdicts.
+    """
+
+    def ask(problem):
+        return f"Question: {problem['question']}\nAnswer:"
+
+    def clean(text):
+        for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
+            text = re.sub(pattern, "", text)
+        return text.lower()
+
+    def extract(text, pattern, which):
+        found = re.findall(pattern, text)
+        if not found:
+            return "[invalid]"
+        groups = found[which] if isinstance(found[which], tuple) else [found[which]]
+        return next((group for group in groups if group), "").strip()
+
+    stop = ["Question:", "</s>", "<|im_end|>"]
+    before = "".join(f"{ask(shot)} {shot['answer']}\n\n" for shot in shots)
+    verdicts = []
+    bar = tqdm(range(0, len(problems), batch_size), desc="gsm8k", leave=False)
+    for i in bar:
+        chosen = problems[i : i + batch_size]
+        answers = generate(model, tokenizer, [before + ask(each) for each in chosen], 256, stop)
+        for problem, answer in zip(chosen, answers):
+            for word in stop:
+                answer = answer.split(word)[0]
+            verdict = {"question": problem["question"], "target": clean(problem["answer"])}
+            verdict |= {"answer": answer, "strict": extract(answer, r"#### (\-?[0-9\.\,]+)", 0)}
+            verdict["flexible"] = extract(answer, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)
+            for kind in ("strict", "flexible"):
+                verdict[f"{kind}_correct"] = clean(verdict[kind]) == verdict["target"]
+            verdicts.append(verdict)
+    scores = {
+        kind: sum(verdict[f"{kind}_correct"] for verdict in verdicts) / max(1, len(verdicts))
+        for kind in ("strict", "flexible")
+    }
+    return scores | {"problems": verdicts}
+
+
+# ==================================================================================================
+# The tiny world
+#
+# A world small enough to train a teacher in about a minute, with the paper's contrast in it: lines
+# of arithmetic modulo 10 that need a chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60
+# fixed pairs that need none (recall), `abcd:wxyz`. The answers are the labels, characters the tokens.
+# ==================================================================================================
+
+TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
+TINY_PAIRS = [
+    ["".join(random.Random(2 * i + side).choices(TINY_ALPHABET[18:44], k=4)) for side in (0, 1)]
+    for i in range(60)
+]
+TINY_STEPS = (1, 2, 3, 4, 5)
+TINY_TEACHER_STEPS = 1200
+
+
+def arithmetic_problem(steps, generator):
+    """A random problem of `steps` operations modulo 10, as (prompt, answer) text."""
+    value = generator.randrange(10)
+    prompt, chain = str(value), []
+    for _ in range(steps):
+        sign, operand = generator.choice("+-*"), generator.randrange(10)
+        result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
+        chain.append(f"{value}{sign}{operand}={result}")
+        prompt, value = prompt + f"{sign}{operand}", result
+    return f"{prompt}=?", f"{';'.join(chain)}#{value}\n"
+
+
+def tiny_batches(batch_size, seq_len, seed, device):
+    """An endless iterator of batches of tiny-world lines; only answers are labels."""
+    generator = random.Random(seed)
+    index = {character: i for i, character in enumerate(TINY_ALPHABET)}
+    while True:
+        ids, labels = [], []
+        for _ in range(batch_size):
+            row, row_labels = [], []
+            while len(row) < seq_len:
+                if generator.random() < 0.25:
+                    prompt, answer = generator.choice(TINY_PAIRS)
+                    prompt, answer = prompt + ":", answer + "\n"
+                else:
+                    prompt, answer = arithmetic_problem(generator.choice(TINY_STEPS), generator)
+                answer = [index[character] for character in answer]
+                row += [index[character] for character in prompt] + answer
+                row_labels += [-100] * len(prompt) + answer
+            ids.append(row[:seq_len])
+            labels.append(row_labels[:seq_len])
+        ids, labels = torch.tensor([ids, labels], device=device)
+        yield {"input_ids": ids, "labels": labels}
+
+
+def tiny_tokenizer():
+    """The tiny world's characters as an ordinary transformers tokenizer, which saves and loads."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: i for i, character in enumerate(TINY_ALPHABET)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="\n", clean_up_tokenization_spaces=False
+    )
+
+
+def chain_scores(model, tokenizer, problems=200):
+    """Exact answers on the tiny world: recall, and accuracy by number of steps, from 0 to 1.
+
+    An arithmetic answer is right if the digit after `#` is: `chains` is a list over TINY_STEPS of
+    `problems` problems each; `example` is the model's answer to one problem of the longest kind.
+    """
+    generator = random.Random(12345)  # the same problems for every model, whatever the run's seed
+    prompts = [left + ":" for left, _ in TINY_PAIRS]
+    answers = generate(model, tokenizer, prompts, 5)
+    right = [answer.strip() == pair[1] for answer, pair in zip(answers, TINY_PAIRS)]
+    scores = {"recall": sum(right) / len(right), "chains": []}
+    for steps in TINY_STEPS:
+        asked = [arithmetic_problem(steps, generator) for _ in range(problems)]
+        answers = generate(model, tokenizer, [prompt for prompt, _ in asked], 6 * steps + 3)
+        right = [
+            answer.strip().rpartition("#")[2] == truth.strip().rpartition("#")[2]
+            for answer, (_, truth) in zip(answers, asked)
+        ]
+        scores["chains"].append(sum(right) / problems)
+    scores["example"] = {"prompt": asked[0][0], "truth": asked[0][1].strip(), "answer": answers[0]}
+    return scores
+
+
+def tiny_values():
+    """The content of tiny_config.json, a dict; UserError where it is missing or broken."""
+    try:
+        values = json.loads(TINY_CONFIG.read_text())
+        return {"model_type": values["model_type"], **values}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{TINY_CONFIG.name} is missing or broken ({first_line(error)}).") from error
+
+
+def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
+    """Train the tiny world's teacher from random weights (values: those of tiny_config.json).
+
+    Returns a frozen causal language model. Raises UserError where the values do not fit.
+    """
+    try:
+        config = AutoConfig.for_model(**values)
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}")
+        if config.vocab_size != len(TINY_ALPHABET):
+            raise ValueError(f"vocab_size must be {len(TINY_ALPHABET)}")
+        torch.manual_seed(seed)
+        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{TINY_CONFIG.name} makes no teacher ({first_line(error)}).") from error
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    stream = tiny_batches(32, 96, seed, device)
+    bar = tqdm(range(steps), desc="train teacher", leave=False)
+    for _ in bar:
+        batch = next(stream)
+        counts = batch["labels"][:, 1:] != -100
+        logits = teacher.lm_head(last_hidden(teacher, batch)[:, :-1][counts])
+        loss = F.cross_entropy(logits, batch["labels"][:, 1:][counts])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rate.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    return teacher.eval().requires_grad_(False)
+
+
+def tiny_task(config, device, folder):
+    """The Task of the tiny world. Its teacher is kept in `folder` and reused if it fits."""
+    values = tiny_values()
+    identity = {"config": values, "seed": config.seed, "steps": TINY_TEACHER_STEPS}
+    note = folder / "teacher.json"
+    if note.is_file() and json.loads(note.read_text()) == identity:
+        say("teacher", f"reused from {folder}")
+        teacher, tokenizer = load_teacher(str(folder), device=device)
+    else:
+        tokenizer = tiny_tokenizer()
+        teacher = tiny_teacher(values, config.seed, device)
+        with replacing(folder) as fresh:
+            teacher.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
+            write_json(fresh / note.name, identity)
+
+    def batches(salt, count, batch_size):
+        stream = tiny_batches(batch_size, config.seq_len, f"{salt} {config.seed}", device)
+        return itertools.islice(stream, count)
+
+    return Task(
+        teacher=teacher,
+        tokenizer=tokenizer,
+        calibration=list(batches("calibration", config.calibration_samples, 1)),
+        held_out=list(batches("held out", 2, 32)),
+        stream=lambda: batches("training", None, config.batch_size),
+        measure=task_scores(config, tokenizer),
+        source={"name": "the tiny world", "data": "the tiny world"},
+    )
+
+
+# ==================================================================================================
+# Comparing methods
+#
+# A run is one or more students of the same teacher, width, data, steps, loss and optimiser, which
+# differ in how their projections start. Each has a folder of its own, written so that what is
+# finished is reused, what is not is done again, and nothing of anyone else is touched.
+# ==================================================================================================
+
+OWN_FILES = ("settings.json", "metrics.jsonl", "summary.json", "selection.json", "gsm8k.jsonl")
+
+
+def say(what, text):
+    """One line of the announcement or of progress."""
+    tqdm.write(f"{what:<12} {text}")
+
+
+def write_json(path, value):
+    """Write beside and rename, so that the file is never half there."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """A fresh folder beside, which takes the place of `folder` once the block has succeeded."""
+    beside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    yield beside
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)
+
+
+def claim(folder, settings, overwrite):
+    """Whether `folder` holds a run of the same settings; UserError where it must not be used."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; name a folder.")
+    note = folder / "settings.json"
+    try:
+        stored = json.loads(note.read_text()) if note.is_file() else None
+    except ValueError:
+        stored = None
+    ours = isinstance(stored, dict) and stored.get("program") == "red.py"
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
+        raise UserError(f"{folder} holds files that are not of a run of RED; name another --out.")
+    if not ours:
+        return False
+    different = [key for key in stored.keys() | settings if stored.get(key) != settings.get(key)]
+    if different and not overwrite:
+        raise UserError(
+            f"{folder} holds a run with other settings ({', '.join(sorted(different))} differ); "
+            "name another --out, or pass --overwrite to replace it."
+        )
+    return not different and not overwrite
+
+
+def prepare(folder, settings):
+    """Make the folder ours and empty of an earlier run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", settings)
+    for name in OWN_FILES[1:]:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "student", ignore_errors=True)
+
+
+def cells(config):
+    """The students of a run, a list of (label, method, temperature, folder, settings).
+
+    A label is the method's name; where one method comes at several temperatures, the later ones
+    add theirs. With one student its folder is OUT itself.
+    """
+    shared = dataclasses.asdict(config)
+    for name in ("out", "overwrite", "device", "methods", "temperature"):
+        shared.pop(name)
+    shared |= {"program": "red.py", "tiny_config": None if config.model else tiny_values()}
+    found = []
+    for i, (method, temperature) in enumerate(zip(config.methods, config.temperature)):
+        label = f"{method}-T{temperature:g}" if method in config.methods[:i] else method
+        folder = Path(config.out) / label if len(config.methods) > 1 else Path(config.out)
+        settings = {**shared, "method": method, "temperature": temperature}
+        found.append((label, method, temperature, folder, settings))
+    return found, shared
+
+
+def train_student(config, task, calibration, method, temperature, folder):
+    """One student from its start to its summary, in `folder`; returns the summary, a dict."""
+    started = time.perf_counter()
+    teacher, hidden_size = task.teacher, len(calibration.channels)
+    student = new_student(method, teacher, hidden_size, calibration, config.seed)
+    student.make_weights()
+    initial = evaluate(student.model, task.held_out)
+    if method == "red":
+        selection = {"statistic": config.importance, "channels": calibration.channels.tolist()}
+        selection |= {"scores": calibration.importance.tolist(), "overlap": calibration.overlap}
+        write_json(folder / "selection.json", selection)
+    with open(folder / "metrics.jsonl", "w", buffering=1) as metrics:
+        distill(
+            teacher, student, iter(task.stream()), config.steps, config.learning_rate, temperature,
+            config.alpha, calibration.scales if config.alignment == "relative" else None,
+            config.grad_accum, lambda record: metrics.write(json.dumps(record) + "\n"), folder.name,
+        )  # fmt: skip
+    tokens = config.steps * config.grad_accum * config.batch_size * config.seq_len
+    with replacing(folder / "student") as fresh:
+        student.export(fresh, task.tokenizer)
+        card = model_card(task.source, teacher, hidden_size, method, tokens)
+        (fresh / "README.md").write_text(card)
+    # What is measured is what was written: the checkpoint, opened as anyone would open it.
+    exported = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=teacher.dtype)
+    exported = exported.to(teacher.device).eval()
+    summary = {
+        "method": method, "temperature": temperature, "hidden_size": hidden_size,
+        "parameters": exported.num_parameters(), "tokens": tokens, "initial": initial,
+        "trainable": sum(p.numel() for p in student.parameters()),
+        "singular_spread": singular_spread(student),
+        **evaluate(exported, task.held_out), **task.measure(exported),
+    }  # fmt: skip
+    for verdict in summary.pop("problems", []):
+        with open(folder / "gsm8k.jsonl", "a") as file:
+            file.write(json.dumps(verdict) + "\n")
+    return summary | {"seconds": time.perf_counter() - started}
+
+
+def model_card(source, teacher, hidden_size, method, tokens):
+    """The short README.md of an exported student."""
+    licence = source.get("licence")
+    front = [f"base_model: {source['name']}"] + ([f"license: {licence}"] if licence else [])
+    width = teacher.config.hidden_size
+    return "\n".join(
+        ["---", *front, "library_name: transformers", "---", ""]
+        + [f"# {source['name']}, compressed from hidden width {width} to {hidden_size}", ""]
+        + [f"A student of {source['name']}, distilled with projections around its frozen weights"]
+        + [f"(method `{method}`, {tokens:,} tokens of {source['data']}). The architecture is the"]
+        + ["teacher's own; the projections are merged, so it loads with plain transformers."]
+        + [f"Licence of the teacher: {licence or 'not known; see its own page'}.", ""]
+    )
+
+
+def announce(config, task, hidden_size, runs):
+    """Say what will be done, before it is done."""
+    teacher = task.teacher
+    width, layers = teacher.config.hidden_size, teacher.config.num_hidden_layers
+    count = teacher.num_parameters()
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
+    small = student.num_parameters()
+    matrices, norms = len(projected_matrices(teacher)), len(stream_norms(teacher))
+    trainable = matrices * width * hidden_size + norms * hidden_size
+    tokens = config.grad_accum * config.batch_size * config.seq_len
+    # Teacher, made weights and their gradients, and of each projection value, gradient and Adam's
+    # two moments; then the activations: the teacher's aligned outputs, and twice the student's.
+    size = teacher.dtype.itemsize
+    memory = size * (count + 2 * small) + 16 * trainable
+    rows = sum(m.out_features for m in map(teacher.get_submodule, aligned_modules(teacher)))
+    memory += size * config.batch_size * config.seq_len * (3 * rows + 4 * layers * hidden_size)
+    memory += 6 * 4 * max(2**24, teacher.config.vocab_size)
+    kind = teacher.config.model_type
+    say("teacher", f"{task.source['name']} ({kind}): width {width}, {layers} layers, {count:,} parameters")
+    asked = "as asked" if config.ratio is None else f"ratio {config.ratio:g} asked, {hidden_size / width:.4g} given"
+    say("student", f"width {hidden_size} ({asked}), {small:,} parameters; {trainable:,} trainable while it learns")
+    for label, method, temperature, folder, _ in runs:
+        say("method", f"{label} at temperature {temperature:g} -> {folder}")
+    say("training", f"{config.steps:,} steps of {tokens:,} tokens, {config.steps * tokens:,} in all, of {task.source['data']}")
+    say("machine", f"{teacher.device}, {str(teacher.dtype)[6:]}; about {memory / 2**30:.1f} GiB of memory")
+
+
+def table(teacher, students):
+    """The results as text: a line for the teacher and for each student."""
+    chains = "chains" in teacher
+    gsm8k = "strict" in teacher
+    head = f"{'':<18}{'params':>9}{'loss':>8}"
+    if chains:
+        head += f"{'recall':>8}" + "".join(f"{f'{n} step' + 's' * (n > 1):>9}" for n in TINY_STEPS)
+    if gsm8k:
+        head += f"{'strict':>8}{'flexible':>10}"
+    lines = [head + f"{'spread':>9}  eRank after each block (share of width)"]
+    for label, row in {"teacher": teacher, **students}.items():
+        line = f"{label:<18}{short(row['parameters']):>9}{row['loss']:>8.3f}"
+        if chains:
+            line += f"{row['recall']:>8.0%}" + "".join(f"{score:>9.0%}" for score in row["chains"])
+        if gsm8k:
+            line += f"{row['strict']:>8.1%}{row['flexible']:>10.1%}"
+        line += f"{row['singular_spread']:>9.2f}" if "singular_spread" in row else f"{'':>9}"
+        ranks = row["erank"][:: math.ceil(len(row["erank"]) / 6)]
+        share = sum(row["erank"]) / len(row["erank"]) / row["hidden_size"]
+        lines.append(line + "  " + " ".join(f"{rank:.0f}" for rank in ranks) + f" ({share:.0%})")
+    return "\n".join(lines)
+
+
+def short(count):
+    """1234567 -> '1.23M'."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def run(config):
+    """Everything that one command line asks for (§6)."""
+    device, dtype = resolve_device(config)
+    out = Path(config.out)
+    runs, shared = cells(config)
+    if len(runs) > 1:
+        claim(out, shared, config.overwrite)
+    done = {}
+    for label, *_, folder, settings in runs:
+        if claim(folder, settings, config.overwrite) and (folder / "summary.json").is_file():
+            done[label] = json.loads((folder / "summary.json").read_text())
+            say("finished", f"{label}: reused from {folder}")
+    if len(done) < len(runs):
+        if config.model:
+            teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
+            task = text_task(config, teacher, tokenizer, device)
+        else:
+            task = tiny_task(config, device, out / "teacher")
+        width = task.teacher.config.hidden_size
+        hidden_size = config.hidden_size or nearest_width(task.teacher.config, config.ratio * width)
+        announce(config, task, hidden_size, runs)
+        calibration = calibrate(task.teacher, task.calibration, hidden_size, config.importance)
+        say("calibration", f"{len(task.calibration)} sequences; its two halves agree on "
+            f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})")  # fmt: skip
+        if len(runs) > 1:
+            prepare(out, shared)
+        base = {"parameters": task.teacher.num_parameters(), "hidden_size": width}
+        base |= evaluate(task.teacher, task.held_out) | task.measure(task.teacher)
+        base.pop("problems", None)
+        for label, method, temperature, folder, settings in runs:
+            if label not in done:
+                prepare(folder, settings)
+                summary = train_student(config, task, calibration, method, temperature, folder)
+                done[label] = summary | {"teacher": base}
+                write_json(folder / "summary.json", done[label])
+                say("student", f"{label}: held-out loss {summary['loss']:.3f}, {summary['seconds']:.0f} s")
+    students = {label: done[label] for label, *_ in runs}
+    teacher = students[runs[0][0]]["teacher"]
+    if len(runs) > 1:
+        write_json(out / "summary.json", {"teacher": teacher, "students": students})
+    print("\n" + table(teacher, students))
+    if "example" in teacher:
+        example = teacher["example"]
+        print(f"\nOne problem, {example['prompt']} (right: {example['truth']}), as each answers it:")
+        for label, row in {"teacher": teacher, **students}.items():
+            print(f"  {label:<16} {row['example']['answer'].strip()}")
+
+
+# ==================================================================================================
+# Command line
+# ==================================================================================================
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit code (2 for what the user can mend)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        config = parse_arguments(arguments)
+        run(config)
+    except UserError as error:
+        print(f"red.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
