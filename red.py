@@ -18,7 +18,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -48,29 +47,30 @@ METHODS = ("red", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
 STATISTICS = ("norm-output", "normalised-stream", "variance")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
-DEFAULT_DATA = "HuggingFaceFW/fineweb-edu:sample-10BT:train"
 
-# What a flag that was not given means: in the tiny world, and with --model.
-TINY_DEFAULTS = dict(
-    methods=["red", "lrc", "lrc"], temperature=[1.0, 1.0, 40.0], steps=300, batch_size=32,
-    seq_len=96, learning_rate=3e-3, calibration_samples=15, out="runs/tiny", eval="chains",
-)  # fmt: skip
-MODEL_DEFAULTS = dict(
-    methods=["red"], temperature=[1.0], steps=1000, batch_size=8, seq_len=512,
-    learning_rate=3e-4, calibration_samples=15, data=DEFAULT_DATA, eval="none",
-)  # fmt: skip
+# What a flag that was not given means: without --model (the tiny world), and with it.
+TINY_DEFAULTS = {
+    "methods": ["red", "lrc", "lrc"], "temperature": [1.0, 1.0, 40.0], "steps": 100,
+    "batch_size": 32, "seq_len": 96, "learning_rate": 3e-3, "eval": "chains", "out": "runs/tiny",
+}  # fmt: skip
+MODEL_DEFAULTS = {
+    "methods": ["red"], "temperature": [1.0], "steps": 1000, "batch_size": 8, "seq_len": 512,
+    "learning_rate": 3e-4, "eval": "none", "data": "HuggingFaceFW/fineweb-edu:sample-10BT",
+}  # fmt: skip
+LEAST = {
+    "hidden_size": 1, "calibration_samples": 2, "steps": 0, "batch_size": 1, "grad_accum": 1,
+    "seq_len": 2, "seed": 0, "eval_limit": 1, "alpha": 0,
+}  # fmt: skip
 
 
 class UserError(Exception):
     """Something the user can mend: one sentence for stderr, exit code 2, no traceback."""
 
 
-def option(default, help, **argparse_words):
-    """One field of Config: its default, its help text, and any further words for argparse."""
+def option(default, help, **words):
+    """One field of Config: its default, its help text, and further words for argparse."""
     shown = "" if default is None or default is False else f" [{default}]"
-    words = {"help": (help + shown).replace("%", "%%"), **argparse_words}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=words)
+    words["help"] = (help + shown).replace("%", "%%")
     return dataclasses.field(default=default, metadata=words)
 
 
@@ -87,14 +87,14 @@ class Config:
         None, "local .txt, .jsonl or .parquet, or hub name[:config[:split]] [FineWeb-Edu sample]"
     )
     calibration_data: str = option(None, "calibration text, given like --data [the same data]")
-    calibration_samples: int = option(None, "sequences to calibrate on [15]")
+    calibration_samples: int = option(15, "sequences to calibrate on")
     importance: Literal["norm-output", "normalised-stream", "variance"] = option(
         "norm-output", "statistic that scores the channels"
     )
     alignment: Literal["plain", "relative"] = option(
         "relative", "alignment terms as LRC has them, or each divided by the teacher's mean square"
     )
-    steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [300 | 1000]")
+    steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [100 | 1000]")
     batch_size: int = option(None, "sequences per micro-batch [32 | 8]")
     grad_accum: int = option(1, "micro-batches per optimiser step")
     seq_len: int = option(None, "tokens per sequence [96 | 512]")
@@ -132,7 +132,11 @@ def parse_arguments(arguments=None):
         raise UserError(f"{message}; python red.py --help lists every flag.")
 
     parser.error = refuse
-    config = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+    config, *unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown := unknown[-1]:
+        refuse(f"unknown argument {unknown[0]}")
     check(config)
     return config
 
@@ -144,59 +148,47 @@ def check(config):
     for name, value in (MODEL_DEFAULTS if config.model else TINY_DEFAULTS).items():
         if getattr(config, name) is None:
             setattr(config, name, copy.copy(value))
-    if len(config.temperature) == 1:
-        config.temperature = config.temperature * len(config.methods)
-    if len(config.temperature) != len(config.methods):
-        raise UserError(
-            f"--temperature takes one value or one per method: got {len(config.temperature)} "
-            f"for {len(config.methods)} methods."
-        )
-    runs = list(zip(config.methods, config.temperature))
-    if len(set(runs)) < len(runs):
-        raise UserError("--methods names the same method twice at one temperature; name it once.")
-    if config.ratio is not None and config.hidden_size is not None:
-        raise UserError("--ratio and --hidden-size say the same thing twice; give one of them.")
     if config.ratio is None and config.hidden_size is None:
         config.ratio = 0.5
+    if len(config.temperature) == 1:
+        config.temperature = config.temperature * len(config.methods)
+    for name, least in LEAST.items():
+        value = getattr(config, name)
+        if value is not None and not least <= value < math.inf:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be a number of at least {least}, got {value}.")
+    for value in (config.learning_rate, *config.temperature):
+        if not 0 < value < math.inf:
+            raise UserError(f"--learning-rate and --temperature must be positive, got {value:g}.")
     if config.ratio is not None and not 0 < config.ratio <= 1:
         raise UserError(f"--ratio must lie in (0, 1], got {config.ratio:g}.")
-    least = dict(hidden_size=1, calibration_samples=2, steps=0, batch_size=1, grad_accum=1)
-    least |= dict(seq_len=2, seed=0, eval_limit=1)
-    for name, bound in least.items():
-        value = getattr(config, name)
-        if value is not None and value < bound:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least {bound}, got {value}.")
-    positive = [("--learning-rate", config.learning_rate)]
-    positive += [("--temperature", value) for value in config.temperature]
-    for flag, value in positive:
-        if not 0 < value < math.inf:
-            raise UserError(f"{flag} must be a positive number, got {value:g}.")
-    if not 0 <= config.alpha < math.inf:
-        raise UserError(f"--alpha must be zero or a positive number, got {config.alpha:g}.")
-    if not config.model:
-        for name in ("data", "calibration_data", "revision"):
-            if getattr(config, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')} needs --model, the teacher to use.")
-        if config.eval == "gsm8k":
-            raise UserError("--eval gsm8k needs --model: the tiny world knows only digits.")
+    if None not in (config.ratio, config.hidden_size):
+        raise UserError("--ratio and --hidden-size say the same thing twice; give one of them.")
+    methods, temperatures = config.methods, config.temperature
+    if len(temperatures) != len(methods):
+        raise UserError(f"--temperature takes one value, or one for all {len(methods)} methods.")
+    if len(set(zip(methods, temperatures))) < len(methods):
+        raise UserError("--methods names the same method twice at one temperature; name it once.")
+    for name in ("data", "calibration_data", "revision", "eval_data", "eval_shots_data"):
+        if not config.model and getattr(config, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} needs --model, the teacher to use.")
+    if not config.model and config.eval == "gsm8k":
+        raise UserError("--eval gsm8k needs --model: the tiny world knows only digits.")
+    if config.out is None:
+        config.out = f"runs/{Path(config.model).name}-{config.hidden_size or config.ratio}"
 
 
 def resolve_device(config):
     """--device and --dtype -> (torch.device, torch.dtype). A device not there: UserError."""
-    backends = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    backends = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     name = config.device
     if name == "auto":
-        name = next((backend for backend, there in backends.items() if there), "cpu")
-    try:
-        device = torch.device(name)
-        there = device.type == "cpu" or backends.get(device.type, False)
-        if there and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            there = False
-    except RuntimeError:
-        there = False
-    if not there:
+        name = next((backend for backend, count in backends.items() if count), "cpu")
+    kind, _, index = name.partition(":")
+    backends["cpu"] = 1
+    if not (index or "0").isdigit() or int(index or 0) >= backends.get(kind, 0):
         raise UserError(f"there is no device {name!r} on this machine; --device cpu always works.")
+    device = torch.device(name)
     if config.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, config.dtype)
@@ -221,12 +213,14 @@ class Task:
     held_out: list  # batches that training never sees
     stream: object  # () -> a fresh, endless iterator over training batches, the same every time
     measure: object  # model -> dict of task scores
-    source: dict = dataclasses.field(default_factory=dict)  # name and licence, for the model card
+    name: str = "the tiny world"  # of the teacher
+    data: str = "the tiny world"
 
 
 def first_line(error):
-    """The first line of an exception's text, for a message of one sentence."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of an exception's text (and the next, if it only leads to it)."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
@@ -342,63 +336,63 @@ def as_batches(rows, batch_size, device):
         yield {"input_ids": ids, "labels": ids}
 
 
+def taken(items, count, source):
+    """The first `count` items as a list. What breaks while reading becomes a UserError."""
+    try:
+        return list(itertools.islice(items, count))
+    except UserError:
+        raise
+    except Exception as error:  # a file that opens but is no text, or that breaks halfway
+        raise UserError(f"cannot read the data {source!r} ({first_line(error)}).") from error
+
+
 def text_task(config, teacher, tokenizer, device):
     """The Task of a real teacher: streamed text, its first documents held out (App. F.2).
 
     Held out are the first 200 documents, or a tenth of a smaller source, of which at most 32
     sequences are measured. Calibration uses the first training sequences unless it has data of
-    its own. Raises UserError for text shorter than what a run needs.
+    its own. Raises UserError for data that cannot be read or is shorter than what a run needs.
     """
+
+    def first_rows(documents, source, wanted, least):
+        rows = taken(packed_rows(documents, tokenizer, config.seq_len), wanted, source)
+        if len(rows) < least:
+            raise UserError(
+                f"{source} is too short: {len(rows)} sequences of {config.seq_len} tokens where at "
+                f"least {least} are needed; give more text or a smaller --seq-len."
+            )
+        return rows
+
     documents = open_documents(config.data)
-    try:
-        probe = list(documents.take(2000))
-    except Exception as error:  # a file that opens and is no text, or breaks halfway
-        raise UserError(f"cannot read the data {config.data!r} ({first_line(error)}).") from error
-    held_out_documents = max(1, min(200, len(probe) // 10))
-    rows = packed_rows(probe[:held_out_documents], tokenizer, config.seq_len)
-    held_out_rows = list(itertools.islice(rows, 32))
-    training = documents.skip(held_out_documents)
-    if not held_out_rows or not next(packed_rows(training, tokenizer, config.seq_len), None):
-        raise UserError(
-            f"{config.data} is too short: training and the held-out part need at least one "
-            f"sequence of {config.seq_len} tokens each; give more text or a smaller --seq-len."
-        )
+    held = max(1, min(200, len(taken(documents, 2000, config.data)) // 10))
+    held_out = first_rows(documents.take(held), config.data, 32, 1)
+    training = documents.skip(held)
+    source = config.calibration_data or config.data
+    calibration = open_documents(source) if config.calibration_data else training
+    samples = first_rows(calibration, source, config.calibration_samples, 2)
 
     def stream():
         for epoch in itertools.count():
             if epoch:
-                tqdm.write(f"the data is used up; repeating it, shuffled anew (epoch {epoch + 1})")
+                say("data", f"used up; repeated, shuffled anew (epoch {epoch + 1})")
             shuffled = training.shuffle(seed=config.seed + epoch, buffer_size=2000)
             rows = packed_rows(shuffled, tokenizer, config.seq_len)
             yield from as_batches(rows, config.batch_size, device)
 
-    calibration = training
-    if config.calibration_data:
-        calibration = open_documents(config.calibration_data)
-    try:
-        rows = packed_rows(calibration, tokenizer, config.seq_len)
-        samples = list(itertools.islice(rows, config.calibration_samples))
-    except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"cannot read {config.calibration_data!r} ({reason}).") from error
-    if len(samples) < 2:
-        raise UserError(
-            f"the calibration data gives {len(samples)} sequences of {config.seq_len} tokens and "
-            "at least 2 are needed; give more text or a smaller --seq-len."
-        )
     return Task(
         teacher=teacher,
         tokenizer=tokenizer,
         calibration=list(as_batches(samples, 1, device)),
-        held_out=list(as_batches(held_out_rows, config.batch_size, device)),
+        held_out=list(as_batches(held_out, config.batch_size, device)),
         stream=stream,
         measure=task_scores(config, tokenizer),
-        source={"name": config.model, "licence": licence_of(config.model), "data": config.data},
+        name=config.model,
+        data=config.data,
     )
 
 
 def licence_of(model):
-    """The licence that a teacher's model card names, or None: folders and hub names alike."""
+    """The licence that the model card of a folder or hub model names, or None."""
     from huggingface_hub import ModelCard
 
     card = Path(model) / "README.md"
@@ -687,7 +681,7 @@ class ProjectedStudent:
                  rotated start needs; the student's gains then start at 1 [ours]
 
     Not an nn.Module, so that what trains is plain to see: `parameters()` is the projections and
-    the gains, float32 whatever the teacher's precision, and nothing else. Raises ValueError
+    the gains, in float32 (float64 around a float64 teacher), and nothing else. Raises ValueError
     where projections or gains are missing or of the wrong shape.
     """
 
@@ -702,8 +696,10 @@ class ProjectedStudent:
             wrong = sorted(n for n in given.keys() | expected if given.get(n) != expected.get(n))
             raise ValueError(f"projections or gains missing or of the wrong shape: {wrong[:3]}")
 
+        precise = torch.promote_types(embedding.dtype, torch.float32)
+
         def trainable(tensor):
-            return torch.nn.Parameter(tensor.to(embedding.device, torch.float32, copy=True))
+            return torch.nn.Parameter(tensor.to(embedding.device, precise, copy=True))
 
         self.projections = {name: trainable(tensor) for name, tensor in projections.items()}
         self.gains = {name: trainable(tensor) for name, tensor in gains.items()}
@@ -773,7 +769,7 @@ class ProjectedStudent:
         """
         with torch.no_grad():
             self.make_weights()
-        self.model.generation_config = copy.deepcopy(self.teacher.generation_config)
+        self.model.generation_config = self.teacher.generation_config
         self.model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -791,7 +787,10 @@ def student_config(teacher_config, hidden_size):
     heads = teacher_config.num_attention_heads
     head_dim = getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // heads
     values.update(hidden_size=hidden_size, head_dim=head_dim)
-    return type(teacher_config)(**values)
+    try:
+        return type(teacher_config)(**values)
+    except Exception as error:  # transformers has its own class for each mismatch
+        raise ValueError(first_line(error)) from error
 
 
 def nearest_width(teacher_config, wanted):
@@ -906,6 +905,9 @@ def alignment_loss(student, teacher, projection=None, mask=None):
     return torch.nn.functional.mse_loss(student, target)
 
 
+CHUNK = 2**24  # logits that exist at a time, for the student and for the teacher
+
+
 class ChunkedDistillation(torch.autograd.Function):
     """The work of `distillation_loss`: forward also forms the gradients, chunk by chunk."""
 
@@ -915,7 +917,7 @@ class ChunkedDistillation(torch.autograd.Function):
         kl, cross_entropy = torch.zeros(2, dtype=precise, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
         grad_head = torch.zeros_like(head, dtype=precise)
-        rows = max(1, 2**24 // len(head))
+        rows = max(1, CHUNK // len(head))
         for i in range(0, len(targets), rows):
             chunk, target = hidden[i : i + rows], targets[i : i + rows, None]
             logits = (chunk @ head.T).to(precise)
@@ -1099,7 +1101,7 @@ def evaluate(model, batches, rank_tokens=4096):
                 total += F.cross_entropy(logits, target, reduction="sum").item()
             count += int(counts.sum())
     loss = total / max(1, count)
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count}
+    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": count}
     rows = [torch.cat(states[name])[:rank_tokens].float() for name in blocks]
     result["erank"] = [effective_rank(h) for h in rows]
     result["erank_normalised"] = [effective_rank(F.normalize(h, dim=-1)) for h in rows]
@@ -1199,7 +1201,7 @@ def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
 #
 # A world small enough to train a teacher in about a minute, with the paper's contrast in it: lines
 # of arithmetic modulo 10 that need a chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60
-# fixed pairs that need none (recall), `abcd:wxyz`. The answers are the labels, characters the tokens.
+# fixed pairs that need none (recall), `abcd:wxyz`. Characters are tokens; only answers are labels.
 # ==================================================================================================
 
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
@@ -1208,7 +1210,7 @@ TINY_PAIRS = [
     for i in range(60)
 ]
 TINY_STEPS = (1, 2, 3, 4, 5)
-TINY_TEACHER_STEPS = 1200
+TINY_TEACHER_STEPS = 1500
 
 
 def arithmetic_problem(steps, generator):
@@ -1288,7 +1290,8 @@ def tiny_values():
         values = json.loads(TINY_CONFIG.read_text())
         return {"model_type": values["model_type"], **values}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{TINY_CONFIG.name} is missing or broken ({first_line(error)}).") from error
+        reason = first_line(error)
+        raise UserError(f"{TINY_CONFIG.name} is missing or broken ({reason}).") from error
 
 
 def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
@@ -1304,11 +1307,11 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
             raise ValueError(f"vocab_size must be {len(TINY_ALPHABET)}")
         torch.manual_seed(seed)
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except Exception as error:  # transformers has its own class for each mismatch
         raise UserError(f"{TINY_CONFIG.name} makes no teacher ({first_line(error)}).") from error
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    stream = tiny_batches(32, 96, seed, device)
+    stream = tiny_batches(16, 48, seed, device)  # 48 characters hold any one line
     bar = tqdm(range(steps), desc="train teacher", leave=False)
     for _ in bar:
         batch = next(stream)
@@ -1325,7 +1328,7 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
 
 
 def tiny_task(config, device, folder):
-    """The Task of the tiny world. Its teacher is kept in `folder` and reused if it fits."""
+    """The Task of the tiny world. Its teacher is kept in `folder`, and reused where it fits."""
     values = tiny_values()
     identity = {"config": values, "seed": config.seed, "steps": TINY_TEACHER_STEPS}
     note = folder / "teacher.json"
@@ -1333,16 +1336,16 @@ def tiny_task(config, device, folder):
         say("teacher", f"reused from {folder}")
         teacher, tokenizer = load_teacher(str(folder), device=device)
     else:
-        tokenizer = tiny_tokenizer()
-        teacher = tiny_teacher(values, config.seed, device)
+        say("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
+        teacher, tokenizer = tiny_teacher(values, config.seed, device), tiny_tokenizer()
         with replacing(folder) as fresh:
             teacher.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             write_json(fresh / note.name, identity)
 
-    def batches(salt, count, batch_size):
-        stream = tiny_batches(batch_size, config.seq_len, f"{salt} {config.seed}", device)
-        return itertools.islice(stream, count)
+    def batches(purpose, count, batch_size):
+        lines = tiny_batches(batch_size, config.seq_len, f"{purpose} {config.seed}", device)
+        return itertools.islice(lines, count)
 
     return Task(
         teacher=teacher,
@@ -1351,7 +1354,6 @@ def tiny_task(config, device, folder):
         held_out=list(batches("held out", 2, 32)),
         stream=lambda: batches("training", None, config.batch_size),
         measure=task_scores(config, tokenizer),
-        source={"name": "the tiny world", "data": "the tiny world"},
     )
 
 
@@ -1362,9 +1364,6 @@ def tiny_task(config, device, folder):
 # differ in how their projections start. Each has a folder of its own, written so that what is
 # finished is reused, what is not is done again, and nothing of anyone else is touched.
 # ==================================================================================================
-
-OWN_FILES = ("settings.json", "metrics.jsonl", "summary.json", "selection.json", "gsm8k.jsonl")
-
 
 def say(what, text):
     """One line of the announcement or of progress."""
@@ -1390,67 +1389,90 @@ def replacing(folder):
 
 
 def claim(folder, settings, overwrite):
-    """Whether `folder` holds a run of the same settings; UserError where it must not be used."""
+    """Whether `folder` holds a finished run of these settings; UserError where it is not free."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder.")
-    note = folder / "settings.json"
     try:
-        stored = json.loads(note.read_text()) if note.is_file() else None
-    except ValueError:
-        stored = None
-    ours = isinstance(stored, dict) and stored.get("program") == "red.py"
-    if folder.is_dir() and any(folder.iterdir()) and not ours:
-        raise UserError(f"{folder} holds files that are not of a run of RED; name another --out.")
+        stored = json.loads((folder / "settings.json").read_text())
+        ours = stored.get("program") == "red.py"
+    except (OSError, ValueError, AttributeError):
+        ours = False
     if not ours:
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds files that are no run of RED; name another --out.")
         return False
-    different = [key for key in stored.keys() | settings if stored.get(key) != settings.get(key)]
+    different = sorted(k for k in stored.keys() | settings if stored.get(k) != settings.get(k))
     if different and not overwrite:
         raise UserError(
-            f"{folder} holds a run with other settings ({', '.join(sorted(different))} differ); "
-            "name another --out, or pass --overwrite to replace it."
+            f"{folder} holds a run with other settings (different: {', '.join(different)}); name "
+            "another --out, or pass --overwrite to replace it."
         )
-    return not different and not overwrite
+    return not overwrite and (folder / "summary.json").is_file()
 
 
 def prepare(folder, settings):
-    """Make the folder ours and empty of an earlier run."""
+    """Make the folder ours, and rid it of an earlier run's results."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", settings)
-    for name in OWN_FILES[1:]:
+    for name in ("metrics.jsonl", "summary.json", "selection.json", "gsm8k.jsonl"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "student", ignore_errors=True)
+    write_json(folder / "settings.json", settings)
 
 
-def cells(config):
-    """The students of a run, a list of (label, method, temperature, folder, settings).
+def model_card(task, hidden_size, method, tokens):
+    """The short README.md of an exported student."""
+    licence = licence_of(task.name)
+    return f"""---
+base_model: {task.name}
+library_name: transformers
+{f"license: {licence}" if licence else "# the licence of the teacher was not found"}
+---
 
-    A label is the method's name; where one method comes at several temperatures, the later ones
-    add theirs. With one student its folder is OUT itself.
-    """
-    shared = dataclasses.asdict(config)
-    for name in ("out", "overwrite", "device", "methods", "temperature"):
-        shared.pop(name)
-    shared |= {"program": "red.py", "tiny_config": None if config.model else tiny_values()}
-    found = []
-    for i, (method, temperature) in enumerate(zip(config.methods, config.temperature)):
-        label = f"{method}-T{temperature:g}" if method in config.methods[:i] else method
-        folder = Path(config.out) / label if len(config.methods) > 1 else Path(config.out)
-        settings = {**shared, "method": method, "temperature": temperature}
-        found.append((label, method, temperature, folder, settings))
-    return found, shared
+# {task.name}, compressed to hidden width {hidden_size}
+
+A student of {task.name} (hidden width {task.teacher.config.hidden_size}), distilled with
+projections around its frozen weights: method `{method}` on {tokens:,} tokens of {task.data}.
+The projections are merged, so it loads with plain transformers. The terms of the teacher's
+licence ({licence or "not found: see the teacher's own page"}) apply to it.
+"""
+
+
+def announce(config, task, hidden_size, folders):
+    """Say what will be done, before it is done."""
+    teacher = task.teacher
+    width, kind = teacher.config.hidden_size, teacher.config.model_type
+    with torch.device("meta"):
+        student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
+    large, small = teacher.num_parameters(), student.num_parameters()
+    trainable = len(projected_matrices(teacher)) * width * hidden_size
+    trainable += len(stream_norms(teacher)) * hidden_size
+    tokens = config.batch_size * config.seq_len
+    # Teacher, made weights and their gradients; for what trains the value, gradient and Adam's two
+    # moments; the activations that are aligned, thrice; and some chunks of logits.
+    memory = teacher.dtype.itemsize * (large + 2 * small) + 16 * trainable
+    aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
+    memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24
+    total = config.steps * config.grad_accum * tokens
+    asked = "as asked" if config.ratio is None else f"for a ratio of {config.ratio:g}"
+    say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
+    say("student", f"width {hidden_size} {asked}, {small:,} parameters, {trainable:,} trained")
+    say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
+    say("training", f"{config.steps:,} steps, {total:,} tokens of {task.data}")
+    say("machine", f"{teacher.device}, {config.dtype}; about {memory / 2**30:.1f} GiB of memory")
 
 
 def train_student(config, task, calibration, method, temperature, folder):
-    """One student from its start to its summary, in `folder`; returns the summary, a dict."""
+    """One student from its start to what is left of it in `folder`; returns its summary, a dict."""
     started = time.perf_counter()
     teacher, hidden_size = task.teacher, len(calibration.channels)
     student = new_student(method, teacher, hidden_size, calibration, config.seed)
+    if method == "red":
+        selection = {"statistic": config.importance, "halves_agree": calibration.overlap}
+        selection["channels"] = calibration.channels.tolist()
+        selection["scores"] = calibration.importance.tolist()
+        write_json(folder / "selection.json", selection)
     student.make_weights()
     initial = evaluate(student.model, task.held_out)
-    if method == "red":
-        selection = {"statistic": config.importance, "channels": calibration.channels.tolist()}
-        selection |= {"scores": calibration.importance.tolist(), "overlap": calibration.overlap}
-        write_json(folder / "selection.json", selection)
     with open(folder / "metrics.jsonl", "w", buffering=1) as metrics:
         distill(
             teacher, student, iter(task.stream()), config.steps, config.learning_rate, temperature,
@@ -1460,141 +1482,108 @@ def train_student(config, task, calibration, method, temperature, folder):
     tokens = config.steps * config.grad_accum * config.batch_size * config.seq_len
     with replacing(folder / "student") as fresh:
         student.export(fresh, task.tokenizer)
-        card = model_card(task.source, teacher, hidden_size, method, tokens)
-        (fresh / "README.md").write_text(card)
+        (fresh / "README.md").write_text(model_card(task, hidden_size, method, tokens))
     # What is measured is what was written: the checkpoint, opened as anyone would open it.
     exported = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=teacher.dtype)
     exported = exported.to(teacher.device).eval()
     summary = {
-        "method": method, "temperature": temperature, "hidden_size": hidden_size,
-        "parameters": exported.num_parameters(), "tokens": tokens, "initial": initial,
-        "trainable": sum(p.numel() for p in student.parameters()),
-        "singular_spread": singular_spread(student),
-        **evaluate(exported, task.held_out), **task.measure(exported),
+        "method": method, "temperature": temperature, "hidden_size": hidden_size, "tokens": tokens,
+        "parameters": exported.num_parameters(), "singular_spread": singular_spread(student),
+        **evaluate(exported, task.held_out), **task.measure(exported), "initial": initial,
     }  # fmt: skip
-    for verdict in summary.pop("problems", []):
-        with open(folder / "gsm8k.jsonl", "a") as file:
-            file.write(json.dumps(verdict) + "\n")
+    if problems := summary.pop("problems", None):
+        lines = "".join(json.dumps(problem) + "\n" for problem in problems)
+        (folder / "gsm8k.jsonl").write_text(lines)
     return summary | {"seconds": time.perf_counter() - started}
 
 
-def model_card(source, teacher, hidden_size, method, tokens):
-    """The short README.md of an exported student."""
-    licence = source.get("licence")
-    front = [f"base_model: {source['name']}"] + ([f"license: {licence}"] if licence else [])
-    width = teacher.config.hidden_size
-    return "\n".join(
-        ["---", *front, "library_name: transformers", "---", ""]
-        + [f"# {source['name']}, compressed from hidden width {width} to {hidden_size}", ""]
-        + [f"A student of {source['name']}, distilled with projections around its frozen weights"]
-        + [f"(method `{method}`, {tokens:,} tokens of {source['data']}). The architecture is the"]
-        + ["teacher's own; the projections are merged, so it loads with plain transformers."]
-        + [f"Licence of the teacher: {licence or 'not known; see its own page'}.", ""]
-    )
+def table(rows):
+    """Summaries (label -> dict) as lines of text: one for the teacher, one for each student."""
 
+    def count(number):
+        return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
 
-def announce(config, task, hidden_size, runs):
-    """Say what will be done, before it is done."""
-    teacher = task.teacher
-    width, layers = teacher.config.hidden_size, teacher.config.num_hidden_layers
-    count = teacher.num_parameters()
-    with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
-    small = student.num_parameters()
-    matrices, norms = len(projected_matrices(teacher)), len(stream_norms(teacher))
-    trainable = matrices * width * hidden_size + norms * hidden_size
-    tokens = config.grad_accum * config.batch_size * config.seq_len
-    # Teacher, made weights and their gradients, and of each projection value, gradient and Adam's
-    # two moments; then the activations: the teacher's aligned outputs, and twice the student's.
-    size = teacher.dtype.itemsize
-    memory = size * (count + 2 * small) + 16 * trainable
-    rows = sum(m.out_features for m in map(teacher.get_submodule, aligned_modules(teacher)))
-    memory += size * config.batch_size * config.seq_len * (3 * rows + 4 * layers * hidden_size)
-    memory += 6 * 4 * max(2**24, teacher.config.vocab_size)
-    kind = teacher.config.model_type
-    say("teacher", f"{task.source['name']} ({kind}): width {width}, {layers} layers, {count:,} parameters")
-    asked = "as asked" if config.ratio is None else f"ratio {config.ratio:g} asked, {hidden_size / width:.4g} given"
-    say("student", f"width {hidden_size} ({asked}), {small:,} parameters; {trainable:,} trainable while it learns")
-    for label, method, temperature, folder, _ in runs:
-        say("method", f"{label} at temperature {temperature:g} -> {folder}")
-    say("training", f"{config.steps:,} steps of {tokens:,} tokens, {config.steps * tokens:,} in all, of {task.source['data']}")
-    say("machine", f"{teacher.device}, {str(teacher.dtype)[6:]}; about {memory / 2**30:.1f} GiB of memory")
+    columns = {"parameters": lambda row: count(row["parameters"])}
+    columns["held-out loss"] = lambda row: f"{row['loss']:.3f}"
+    first = next(iter(rows.values()))
+    for key in ("recall", "strict", "flexible"):
+        if key in first:
+            columns[key] = lambda row, key=key: f"{row[key]:.0%}"
+    for i, steps in enumerate(TINY_STEPS if "chains" in first else ()):
+        columns[f"{steps} step{'s' * (i > 0)}"] = lambda row, i=i: f"{row['chains'][i]:.0%}"
+    columns["spread"] = lambda row: f"{row.get('singular_spread', 0):.2f}"
 
+    def ranks(row):
+        shown = row["erank"][:: math.ceil(len(row["erank"]) / 6)]
+        return "  ".join(f"{rank:.0f} ({rank / row['hidden_size']:.0%})" for rank in shown)
 
-def table(teacher, students):
-    """The results as text: a line for the teacher and for each student."""
-    chains = "chains" in teacher
-    gsm8k = "strict" in teacher
-    head = f"{'':<18}{'params':>9}{'loss':>8}"
-    if chains:
-        head += f"{'recall':>8}" + "".join(f"{f'{n} step' + 's' * (n > 1):>9}" for n in TINY_STEPS)
-    if gsm8k:
-        head += f"{'strict':>8}{'flexible':>10}"
-    lines = [head + f"{'spread':>9}  eRank after each block (share of width)"]
-    for label, row in {"teacher": teacher, **students}.items():
-        line = f"{label:<18}{short(row['parameters']):>9}{row['loss']:>8.3f}"
-        if chains:
-            line += f"{row['recall']:>8.0%}" + "".join(f"{score:>9.0%}" for score in row["chains"])
-        if gsm8k:
-            line += f"{row['strict']:>8.1%}{row['flexible']:>10.1%}"
-        line += f"{row['singular_spread']:>9.2f}" if "singular_spread" in row else f"{'':>9}"
-        ranks = row["erank"][:: math.ceil(len(row["erank"]) / 6)]
-        share = sum(row["erank"]) / len(row["erank"]) / row["hidden_size"]
-        lines.append(line + "  " + " ".join(f"{rank:.0f}" for rank in ranks) + f" ({share:.0%})")
-    return "\n".join(lines)
-
-
-def short(count):
-    """1234567 -> '1.23M'."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+    columns["eRank after each block (share of width)"] = ranks
+    cells = [["", *columns]]
+    cells += [[label, *(show(row) for show in columns.values())] for label, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in cells)
 
 
 def run(config):
     """Everything that one command line asks for (§6)."""
     device, dtype = resolve_device(config)
-    out = Path(config.out)
-    runs, shared = cells(config)
-    if len(runs) > 1:
+    out, several = Path(config.out), len(config.methods) > 1
+    shared = dataclasses.asdict(config) | {"program": "red.py"}
+    for name in ("out", "overwrite", "device", "methods", "temperature"):
+        del shared[name]  # these do not change a student, or belong to one of several
+    if not config.model:
+        shared["tiny_config"] = tiny_values()
+    runs = {}  # label -> (method, temperature); a method's second temperature joins its label
+    for method, temperature in zip(config.methods, config.temperature):
+        runs[f"{method}-T{temperature:g}" if method in runs else method] = (method, temperature)
+    folders = {label: out / label if several else out for label in runs}
+    settings = {
+        label: {**shared, "method": method, "temperature": temperature}
+        for label, (method, temperature) in runs.items()
+    }
+    if several:
         claim(out, shared, config.overwrite)
-    done = {}
-    for label, *_, folder, settings in runs:
-        if claim(folder, settings, config.overwrite) and (folder / "summary.json").is_file():
-            done[label] = json.loads((folder / "summary.json").read_text())
-            say("finished", f"{label}: reused from {folder}")
-    if len(done) < len(runs):
+    finished = {}
+    for label, folder in folders.items():
+        if claim(folder, settings[label], config.overwrite):
+            finished[label] = json.loads((folder / "summary.json").read_text())
+            say("finished", f"{label}, reused from {folder}")
+    if len(finished) < len(runs):
         if config.model:
             teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
             task = text_task(config, teacher, tokenizer, device)
         else:
             task = tiny_task(config, device, out / "teacher")
-        width = task.teacher.config.hidden_size
-        hidden_size = config.hidden_size or nearest_width(task.teacher.config, config.ratio * width)
-        announce(config, task, hidden_size, runs)
+        teacher_config = task.teacher.config
+        width = teacher_config.hidden_size
+        if (config.hidden_size or 0) > width:
+            raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
+        hidden_size = nearest_width(teacher_config, config.hidden_size or config.ratio * width)
+        announce(config, task, hidden_size, folders)
         calibration = calibrate(task.teacher, task.calibration, hidden_size, config.importance)
-        say("calibration", f"{len(task.calibration)} sequences; its two halves agree on "
-            f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})")  # fmt: skip
-        if len(runs) > 1:
+        trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
+        say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")
+        teacher_row = {"parameters": task.teacher.num_parameters(), "hidden_size": width}
+        teacher_row |= evaluate(task.teacher, task.held_out) | task.measure(task.teacher)
+        teacher_row.pop("problems", None)
+        if several:
             prepare(out, shared)
-        base = {"parameters": task.teacher.num_parameters(), "hidden_size": width}
-        base |= evaluate(task.teacher, task.held_out) | task.measure(task.teacher)
-        base.pop("problems", None)
-        for label, method, temperature, folder, settings in runs:
-            if label not in done:
-                prepare(folder, settings)
-                summary = train_student(config, task, calibration, method, temperature, folder)
-                done[label] = summary | {"teacher": base}
-                write_json(folder / "summary.json", done[label])
-                say("student", f"{label}: held-out loss {summary['loss']:.3f}, {summary['seconds']:.0f} s")
-    students = {label: done[label] for label, *_ in runs}
-    teacher = students[runs[0][0]]["teacher"]
-    if len(runs) > 1:
-        write_json(out / "summary.json", {"teacher": teacher, "students": students})
-    print("\n" + table(teacher, students))
-    if "example" in teacher:
-        example = teacher["example"]
-        print(f"\nOne problem, {example['prompt']} (right: {example['truth']}), as each answers it:")
-        for label, row in {"teacher": teacher, **students}.items():
-            print(f"  {label:<16} {row['example']['answer'].strip()}")
+        for label in [label for label in runs if label not in finished]:
+            prepare(folders[label], settings[label])
+            row = train_student(config, task, calibration, *runs[label], folders[label])
+            finished[label] = row | {"teacher": teacher_row}
+            write_json(folders[label] / "summary.json", finished[label])
+            say("student", f"{label}: held-out loss {row['loss']:.3f} after {row['seconds']:.0f} s")
+    rows = {label: finished[label] for label in runs}
+    rows = {"teacher": next(iter(rows.values()))["teacher"], **rows}
+    if several:
+        write_json(out / "summary.json", rows)
+    print("\n" + table(rows))
+    if "example" in rows["teacher"]:
+        example = rows["teacher"]["example"]
+        print(f"\n{example['prompt']}  right: {example['truth']}")
+        for label, row in rows.items():
+            print(f"{label:>16}  {row['example']['answer'].strip()}")
 
 
 # ==================================================================================================
@@ -1603,15 +1592,20 @@ def run(config):
 
 
 def main(arguments=None):
-    """Run the command line; returns the exit code (2 for what the user can mend)."""
+    """Run one command line (a list of words; None: sys.argv) and return its exit code."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        config = parse_arguments(arguments)
-        run(config)
+        run(parse_arguments(arguments))
     except UserError as error:
         print(f"red.py: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"red.py: {error}; try a lower --learning-rate or --dtype float32.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"red.py: {first_line(error)}; finished students are kept.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     return 0

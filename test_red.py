@@ -1,0 +1,841 @@
+"""Properties that would break if the method were implemented wrongly, on tiny models built here.
+
+    python -m pytest -q test_red.py
+"""
+
+import inspect
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub out of reach, at once and everywhere
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+import red
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # these models are too small to share
+
+SHAPE = dict(vocab_size=60, hidden_size=32, intermediate_size=40, num_hidden_layers=2)
+SHAPE |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+SHAPE |= dict(bos_token_id=None, eos_token_id=1, pad_token_id=0)
+LLAMA3 = dict(rope_type="llama3", rope_theta=1e4, factor=8.0, low_freq_factor=1.0)
+LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=16)
+FAMILIES = {
+    "llama": (LlamaConfig, {}),
+    "llama-tied": (LlamaConfig, dict(tie_word_embeddings=True)),
+    "llama-biases": (LlamaConfig, dict(attention_bias=True, mlp_bias=True)),
+    "llama-odd-head": (LlamaConfig, dict(head_dim=10)),
+    "llama3-rope": (LlamaConfig, dict(rope_parameters=LLAMA3)),
+    "mistral": (MistralConfig, dict(sliding_window=6)),
+    "qwen2": (Qwen2Config, {}),
+    "qwen2-tied": (Qwen2Config, dict(tie_word_embeddings=True)),
+    "qwen3": (Qwen3Config, dict(head_dim=12, attention_bias=True)),
+}
+
+
+def make_teacher(family="llama", dtype=torch.float32, seed=0):
+    """A random teacher in which every norm gain and bias differs from its usual 1 or 0."""
+    torch.manual_seed(seed)
+    kind, words = FAMILIES[family]
+    teacher = AutoModelForCausalLM.from_config(kind(**SHAPE, **words), dtype=dtype)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape))
+            else:
+                parameter.mul_(4)
+    return teacher.eval().requires_grad_(False)
+
+
+def make_batch(rows=3, tokens=12, seed=1):
+    ids = torch.randint(2, 60, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def make_student(teacher, hidden_size=16, method="red", seed=0):
+    calibration = red.calibrate(teacher, [make_batch(1, seed=s) for s in range(4)], hidden_size)
+    return red.new_student(method, teacher, hidden_size, calibration, seed), calibration
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(batch["input_ids"]).logits
+
+
+# The student ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_full_width_the_student_is_the_teacher(family):
+    teacher = make_teacher(family)
+    student, _ = make_student(teacher, 32)
+    batch = make_batch()
+    torch.testing.assert_close(logits(student.model, batch), logits(teacher, batch))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_the_start_the_students_weights_are_the_teachers_cut_out(family):
+    teacher = make_teacher(family)
+    student, calibration = make_student(teacher)
+    kept = calibration.channels
+    original = dict(teacher.named_parameters())
+    for name, weight in student.model.named_parameters():
+        expected = original[name]
+        if name.endswith(("norm.weight",)) and expected.shape == (32,):
+            ratio = weight / expected[kept]  # gains may be rescaled, by one number for the layer
+            torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
+            continue
+        if name.endswith(("o_proj.weight", "down_proj.weight", "o_proj.bias", "down_proj.bias")):
+            expected = expected[kept]
+        elif expected.dim() == 2:
+            expected = expected[:, kept]
+        assert torch.equal(weight, expected), name
+    for projection in student.projections.values():
+        assert torch.equal(torch.linalg.svdvals(projection), torch.ones(16))
+
+
+class Projected(torch.nn.Module):
+    """One matrix applied as the paper writes it: the teacher's, with its projection around it."""
+
+    def __init__(self, student, name, layer):
+        super().__init__()
+        self.student, self.name, self.layer = [student], name, layer
+
+    def forward(self, x):
+        student, layer = self.student[0], self.layer
+        projection = student.projections.get(self.name, student.projections["model.embed_tokens"])
+        if isinstance(layer, torch.nn.Embedding):
+            return layer(x) @ projection
+        if self.name.endswith(("o_proj", "down_proj")):
+            return layer(x) @ projection
+        wide = x @ projection.T
+        norm = red.feeding_norm(self.name)
+        if student.fold and self.name in student.projections:
+            wide = wide * student.teacher.get_submodule(norm).weight
+        return layer(wide)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", red.METHODS)
+def test_merged_equals_projected_and_exported_equals_merged(family, method, tmp_path):
+    teacher = make_teacher(family)
+    student, _ = make_student(teacher, method=method)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # as after training: no longer a selection, nor orthonormal
+        for parameter in student.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        student.make_weights()
+    batch = make_batch()
+    merged = logits(student.model, batch)
+    student.export(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(reloaded, batch), merged, rtol=0, atol=0)
+
+    for name in [*student.projections, "lm_head"]:
+        student.model.set_submodule(name, Projected(student, name, teacher.get_submodule(name)))
+    torch.testing.assert_close(logits(student.model, batch), merged, rtol=1e-4, atol=1e-4)
+
+
+def test_export_leaves_an_ordinary_config(tmp_path):
+    teacher = make_teacher("llama-odd-head")
+    teacher.config.quantization_config = {"quant_method": "gguf"}
+    student, _ = make_student(teacher)
+    student.export(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    original = teacher.config.to_dict()
+    assert stored["hidden_size"] == 16 and stored["head_dim"] == 10
+    assert "quantization_config" not in stored and not set(stored) - set(original)
+    assert stored["architectures"] == ["LlamaForCausalLM"]
+    changed = {key for key in stored if stored[key] != original[key]}
+    assert changed <= {"hidden_size", "architectures", "dtype"}
+    assert not list(tmp_path.glob("*.py"))
+
+
+def test_a_student_of_wrong_shapes_is_refused():
+    teacher = make_teacher()
+    student, _ = make_student(teacher)
+    gains = {name: gain[:-1] for name, gain in student.gains.items()}
+    with pytest.raises(ValueError, match="wrong shape"):
+        red.ProjectedStudent(teacher, student.model, student.projections, gains)
+
+
+def test_nearest_width_obeys_the_family():
+    llama, mistral = make_teacher().config, make_teacher("mistral").config
+    assert red.nearest_width(llama, 15.2) == 16 and red.nearest_width(llama, 1) == 4
+    assert red.nearest_width(mistral, 15.2) == 15
+    with pytest.raises(ValueError):
+        red.student_config(llama, 15)
+
+
+def test_lrc_start_has_the_scale_it_has_at_its_own_width():
+    generator = torch.Generator().manual_seed(0)
+    start = red.initial_projections("lrc", ["a", "b"], 512, 256, None, generator)
+    for projection in start.values():
+        diagonal = (projection.T @ projection).diagonal().mean()
+        assert diagonal == pytest.approx(3072 * 0.02**2, rel=0.02)
+    assert not torch.equal(start["a"], start["b"])
+
+
+def test_orthogonal_starts_and_folded_gains():
+    generator = torch.Generator().manual_seed(0)
+    for method, shared in (("orthogonal", False), ("shared-orthogonal", True)):
+        start = red.initial_projections(method, ["a", "b"], 32, 16, None, generator)
+        torch.testing.assert_close(start["a"].T @ start["a"], torch.eye(16))
+        assert torch.equal(start["a"], start["b"]) == shared
+    for family in ("qwen2", "llama-biases"):  # a full-width rotation loses nothing either
+        teacher = make_teacher(family)
+        student, _ = make_student(teacher, 32, "shared-orthogonal")
+        torch.testing.assert_close(
+            logits(student.model, make_batch()), logits(teacher, make_batch()), rtol=1e-3, atol=1e-3
+        )
+
+
+# Effective rank ---------------------------------------------------------------------------------
+
+
+def test_effective_rank_closed_forms():
+    assert red.effective_rank(torch.eye(7)) == pytest.approx(7)
+    rank_one = torch.outer(torch.arange(1.0, 50), torch.arange(1.0, 9))
+    assert red.effective_rank(rank_one) == pytest.approx(1, abs=1e-4)
+    assert red.effective_rank(torch.zeros(5, 3)) == 0.0
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(40, 3, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(6, 3, generator=generator)).Q
+    hidden = left @ torch.diag(torch.tensor([4.0, 2.0, 2.0])) @ right.T
+    expected = math.exp(0.5 * math.log(2) + 2 * 0.25 * math.log(4))
+    assert red.effective_rank(hidden) == pytest.approx(expected, abs=1e-3)
+    assert red.effective_rank(1e-20 * hidden) == pytest.approx(expected, abs=1e-3)
+    assert red.effective_rank(1e20 * hidden) == pytest.approx(expected, abs=1e-3)
+    assert red.effective_rank(hidden.T) == pytest.approx(expected, abs=1e-3)
+    assert red.effective_rank(hidden.reshape(5, 8, 6)) == pytest.approx(expected, abs=1e-3)
+    assert red.effective_rank(hidden.bfloat16()) == pytest.approx(expected, abs=0.2)
+    with pytest.raises(ValueError):
+        red.effective_rank(torch.tensor([[math.nan, 1.0]]))
+
+
+def test_effective_rank_agrees_with_an_svd():
+    hidden = torch.randn(300, 48) * torch.logspace(0, -6, 48)
+    values = torch.linalg.svdvals(hidden.double())
+    p = values / values.sum()
+    assert red.effective_rank(hidden) == pytest.approx(torch.exp(-(p * p.log()).sum()).item(), abs=1e-6)
+
+
+# Calibration ------------------------------------------------------------------------------------
+
+
+def brute_force_importance(teacher, batch, statistic):
+    """By hand, from `output_hidden_states`-like recomputation: one token and channel at a time."""
+    seen = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda m, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
+        for name, module in teacher.named_modules()
+        if name == "model.norm" or name.endswith("layernorm")
+    ]
+    logits(teacher, batch)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == 2 * 2 + 1
+    total = [0.0] * 32
+    for stream, normed in seen.values():
+        stream, normed = stream.flatten(0, 1).double(), normed.flatten(0, 1).double()
+        scores = []
+        for channel in range(32):
+            column = normed[:, channel].tolist()
+            if statistic == "norm-output":
+                scores.append(sum(abs(x) for x in column) / len(column))
+            elif statistic == "variance":
+                mean = sum(column) / len(column)
+                scores.append(sum((x - mean) ** 2 for x in column) / len(column))
+            else:
+                squares = [
+                    row[channel].item() ** 2 / (sum(x * x for x in row.tolist()) / 32)
+                    for row in stream
+                ]
+                scores.append(math.sqrt(sum(squares) / len(squares)))
+        total = [old + new / sum(scores) for old, new in zip(total, scores)]
+    return torch.tensor(total, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("statistic", red.STATISTICS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_channel_importance_by_brute_force(family, statistic):
+    teacher, batch = make_teacher(family), make_batch()
+    importance = red.channel_importance(teacher, [batch], statistic)
+    expected = brute_force_importance(teacher, batch, statistic)
+    torch.testing.assert_close(importance, expected, rtol=1e-5, atol=1e-6)
+    assert importance.sum().item() == pytest.approx(5)
+
+
+@pytest.mark.parametrize("statistic", red.STATISTICS)
+def test_channel_importance_ignores_batch_split_and_padding(statistic):
+    teacher, batch = make_teacher("qwen3"), make_batch(4)
+    whole = red.channel_importance(teacher, [batch], statistic)
+    split = [{"input_ids": row[None]} for row in batch["input_ids"]]
+    torch.testing.assert_close(red.channel_importance(teacher, split, statistic), whole)
+    for side in ("left", "right"):
+        blank = torch.zeros(4, 5, dtype=torch.long)
+        ids, real = batch["input_ids"], torch.ones(4, 12, dtype=torch.long)
+        order = (blank, ids) if side == "left" else (ids, blank)
+        mask = (blank, real) if side == "left" else (real, blank)
+        padded = {"input_ids": torch.cat(order, 1), "attention_mask": torch.cat(mask, 1)}
+        padded = red.channel_importance(teacher, [padded], statistic)
+        torch.testing.assert_close(padded, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_channel_importance_streams():
+    """It takes a generator, and never holds more than one batch's activations."""
+    teacher, alive = make_teacher(), []
+
+    def batches():
+        for seed in range(6):
+            batch = make_batch(1, seed=seed)
+            alive.append(batch["input_ids"].data_ptr())
+            yield batch
+
+    streamed = red.channel_importance(teacher, batches())
+    listed = red.channel_importance(teacher, [make_batch(1, seed=s) for s in range(6)])
+    assert len(alive) == 6 and torch.equal(streamed, listed)
+    with pytest.raises(ValueError):
+        red.channel_importance(teacher, [])
+    with pytest.raises(ValueError):
+        red.channel_importance(teacher, [make_batch()], "entropy")
+
+
+def test_selection():
+    channels = red.select_channels(torch.tensor([3.0, 1.0, 2.0, 3.0]), 3)
+    assert channels.tolist() == [0, 2, 3]
+    selection = red.selection_matrix(channels, 4)
+    assert torch.equal(torch.arange(4.0) @ selection, torch.tensor([0.0, 2.0, 3.0]))
+    assert torch.equal(selection.T @ selection, torch.eye(3))
+    for wrong in (0, 5):
+        with pytest.raises(ValueError):
+            red.select_channels(torch.ones(4), wrong)
+    with pytest.raises(ValueError):
+        red.selection_matrix(torch.tensor([1, 1]), 4)
+
+
+def test_rescaled_gains_restore_the_size_of_the_teachers_norm_outputs():
+    teacher, batch = make_teacher(), make_batch()
+    kept = torch.arange(0, 32, 2)
+    factors = red.gain_rescaling(teacher, [batch], kept)
+    stream = teacher.model.embed_tokens(batch["input_ids"])
+    ratio = stream[..., kept].square().mean(-1).sqrt() / stream.square().mean(-1).sqrt()
+    assert factors["model.layers.0.input_layernorm"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+    assert set(red.gain_rescaling(teacher, [batch], torch.arange(32)).values()) == {1.0}
+
+
+# Losses and the step ----------------------------------------------------------------------------
+
+
+def plain_losses(student_hidden, student_head, teacher_hidden, teacher_head, labels, temperature):
+    """KL and cross-entropy written out in float64, one token at a time."""
+    kl, cross_entropy, count = 0.0, 0.0, 0
+    for row in range(labels.shape[0]):
+        for position in range(labels.shape[1] - 1):
+            label = labels[row, position + 1]
+            if label == -100:
+                continue
+            q = student_hidden[row, position].double() @ student_head.double().T
+            p = teacher_hidden[row, position].double() @ teacher_head.double().T
+            log_q, log_p = (q / temperature).log_softmax(-1), (p / temperature).log_softmax(-1)
+            kl = kl + temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+            cross_entropy = cross_entropy - q.log_softmax(-1)[label]
+            count += 1
+    return kl / count, cross_entropy / count
+
+
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+@pytest.mark.parametrize("chunk_rows", [2, 1000])
+def test_distillation_loss_and_its_gradient(temperature, chunk_rows, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 7, 8), (30, 8), (2, 7, 16), (30, 16)
+    tensors = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    labels = torch.randint(0, 30, (2, 7), generator=generator)
+    labels[0, :3] = -100
+    labels[1, 5] = -100
+    monkeypatch.setattr(red, "CHUNK", chunk_rows * 30)
+    hidden, head = tensors[0].requires_grad_(), tensors[1].requires_grad_()
+    loss, kl, cross_entropy = red.distillation_loss(*tensors, labels, temperature)
+    expected = plain_losses(*tensors, labels, temperature)
+    torch.testing.assert_close((kl, cross_entropy), tuple(term.detach() for term in expected))
+    torch.testing.assert_close(loss, kl + cross_entropy)
+    got = torch.autograd.grad(3 * loss, (hidden, head))
+    torch.testing.assert_close(got, torch.autograd.grad(3 * sum(expected), (hidden, head)))
+
+
+def test_distillation_loss_without_any_label_is_zero():
+    hidden, head = torch.randn(1, 4, 8, requires_grad=True), torch.randn(30, 8)
+    nothing = torch.full((1, 4), -100)
+    loss, *_ = red.distillation_loss(hidden, head, hidden.detach(), head, nothing)
+    loss.backward()
+    assert loss.item() == 0 and hidden.grad.abs().max() == 0
+    with pytest.raises(ValueError):
+        red.distillation_loss(hidden, head, hidden, head, nothing, temperature=0)
+
+
+def test_alignment_loss():
+    generator = torch.Generator().manual_seed(0)
+    student, narrow, wide, projection = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((2, 5, 6), (2, 5, 6), (2, 5, 9), (9, 6))
+    )
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    plain = sum((student[0] - narrow[0]).square().flatten().tolist()) / 30
+    assert red.alignment_loss(student[:1], narrow[:1]).item() == pytest.approx(plain)
+    projection.requires_grad_()
+    loss = red.alignment_loss(student, wide, projection, mask)
+    rows = torch.cat([student[0] - wide[0] @ projection, (student[1] - wide[1] @ projection)[:3]])
+    assert loss.item() == pytest.approx(rows.square().mean().item())
+    loss.backward()
+    assert projection.grad.abs().min() > 0  # the projection itself learns from its own target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_every_projection_and_gain_and_nothing_else(family):
+    teacher = make_teacher(family)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student, calibration = make_student(teacher)
+    stream = iter([make_batch(seed=s) for s in range(3)])
+    start = [parameter.detach().clone() for parameter in student.parameters()]
+    red.distill(teacher, student, stream, 3, 1e-2, scales=calibration.scales)
+    assert len(start) == len(red.projected_matrices(teacher)) + 5
+    for old, new in zip(start, student.parameters()):
+        assert (old != new).any()
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "qwen2-tied"])
+@pytest.mark.parametrize("method", ["red", "orthogonal"])
+def test_the_steps_gradients_are_those_of_the_formulas(family, method):
+    """One step against plain autograd through functional_call, in float64, with padding."""
+    teacher = make_teacher(family, torch.float64)
+    student, calibration = make_student(teacher, method=method)
+    batch = make_batch()
+    batch["attention_mask"] = torch.ones(3, 12, dtype=torch.long)
+    batch["attention_mask"][1, 9:] = 0
+    batch["labels"][1, 9:] = -100
+    totals = red.training_step(teacher, student, [batch], 2.0, 0.3, calibration.scales)
+    got = [parameter.grad.clone() for parameter in student.parameters()]
+
+    names, seen = red.aligned_modules(teacher), {}
+
+    def see(which):
+        return lambda name, before, after: seen.update({(which, name): after})
+
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs |= {"use_cache": False}
+    with red.watch(teacher, names, see("t")), red.watch(student.model, names, see("s")):
+        goal = teacher(**inputs).logits
+        made = student.merge()
+        output = torch.func.functional_call(student.model, made, kwargs=inputs).logits
+    one = torch.eye(60, dtype=torch.float64)
+    loss = sum(plain_losses(output, one, goal, one, batch["labels"], 2.0))
+    real = batch["attention_mask"].bool()
+    for name in names:
+        target = seen["t", name]
+        if name.endswith(("o_proj", "down_proj")):
+            target = target @ student.projections[name]
+        error = (seen["s", name] - target)[real].square().mean()
+        loss = loss + 0.3 * error / calibration.scales[name]
+    assert totals["loss"].item() == pytest.approx(loss.item())
+    for gradient, expected in zip(got, torch.autograd.grad(loss, student.parameters())):
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch():
+    teacher = make_teacher(dtype=torch.float64)
+    student, calibration = make_student(teacher)
+    whole = make_batch(4)
+    whole["labels"][0, :9] = -100  # so that the mean of means would be wrong
+    parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2)]
+    gradients = []
+    for batches in ([whole], parts):
+        red.training_step(teacher, student, batches, scales=calibration.scales)
+        gradients.append([parameter.grad.clone() for parameter in student.parameters()])
+        for parameter in student.parameters():
+            parameter.grad = None
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    teacher = make_teacher()
+    student, _ = make_student(teacher)
+    with torch.no_grad():
+        student.gains["model.norm"].fill_(math.inf)
+    with pytest.raises(FloatingPointError):
+        red.distill(teacher, student, iter([make_batch()]), 1, 1e-3)
+
+
+# The tiny world ---------------------------------------------------------------------------------
+
+
+def test_arithmetic_problems_are_right():
+    generator = random.Random(0)
+    for steps in range(1, 6):
+        prompt, answer = red.arithmetic_problem(steps, generator)
+        first, *rest = prompt.removesuffix("=?")[0], *zip(prompt[1:-2:2], prompt[2:-2:2])
+        value = int(first)
+        for part, (sign, digit) in zip(answer.strip().split("#")[0].split(";"), rest, strict=True):
+            result = eval(f"({value}{sign}{digit})") % 10
+            assert part == f"{value}{sign}{digit}={result}"
+            value = result
+        assert answer == f"{answer.split('#')[0]}#{value}\n"
+
+
+def test_tiny_batches_label_answers_only_and_repeat_with_the_seed():
+    batch = next(red.tiny_batches(4, 96, "a", "cpu"))
+    assert torch.equal(next(red.tiny_batches(4, 96, "a", "cpu"))["input_ids"], batch["input_ids"])
+    assert not torch.equal(next(red.tiny_batches(4, 96, "b", "cpu"))["input_ids"], batch["input_ids"])
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist()):
+        text = "".join(red.TINY_ALPHABET[i] for i in ids)
+        marks = "".join("." if label == -100 else red.TINY_ALPHABET[label] for label in labels)
+        for line, mark in zip(text.splitlines(), marks.splitlines()):
+            sign = "?" if "?" in line else ":"
+            prompt, _, answer = line.partition(sign)
+            if sign in line:
+                assert mark == "." * (len(prompt) + 1) + answer
+
+
+def test_tiny_tokenizer_round_trip(tmp_path):
+    tokenizer = red.tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "7+5-3=?7+5=2;2-3=9#9\nabcd:wxyz\n"
+    ids = loaded(text)["input_ids"]
+    assert ids == [red.TINY_ALPHABET.index(character) for character in text]
+    assert loaded.decode(ids) == text
+
+
+@pytest.mark.parametrize("family", red.FAMILIES)
+def test_the_tiny_world_trains_in_every_family(family):
+    values = red.tiny_values() | {"model_type": family, "hidden_size": 32, "head_dim": 8}
+    teacher = red.tiny_teacher(values, 0, "cpu", steps=2)
+    scores = red.chain_scores(teacher, red.tiny_tokenizer(), problems=2)
+    assert teacher.config.model_type == family and len(scores["chains"]) == 5
+
+
+def test_red_keeps_more_effective_rank_than_lrc_after_50_steps():
+    teacher = red.tiny_teacher(red.tiny_values(), 0, "cpu", steps=400)
+    stream = red.tiny_batches(16, 64, "calibration", "cpu")
+    calibration = red.calibrate(teacher, [next(stream) for _ in range(4)], 24)
+    held_out, results = [next(stream)], {}
+    for method in ("red", "lrc"):
+        student = red.new_student(method, teacher, 24, calibration)
+        batches = red.tiny_batches(16, 64, "training", "cpu")
+        red.distill(teacher, student, batches, 50, 3e-3, scales=calibration.scales)
+        results[method] = red.evaluate(student.model, held_out)
+    assert sum(results["red"]["erank"]) > sum(results["lrc"]["erank"]) + 1
+    assert results["red"]["loss"] < results["lrc"]["loss"]
+
+
+def test_evaluate_against_plain_formulas():
+    teacher, batch = make_teacher(), make_batch()
+    batch["labels"][0, :6] = -100
+    result = red.evaluate(teacher, [batch])
+    output = teacher(batch["input_ids"], output_hidden_states=True)
+    targets = batch["labels"][:, 1:].flatten()
+    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets)
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-4)
+    first = output.hidden_states[1].flatten(0, 1)
+    assert result["erank"][0] == pytest.approx(red.effective_rank(first), rel=1e-5)
+    first = first / first.square().mean(-1, keepdim=True).sqrt()
+    assert result["erank_normalised"][0] == pytest.approx(red.effective_rank(first), rel=1e-5)
+
+
+# GSM8K ------------------------------------------------------------------------------------------
+
+
+def test_gsm8k_is_scored_like_the_harness(monkeypatch):
+    answers = {
+        "right": " 6 * 7 = 42\n#### 42",
+        "dollars": " It costs #### $1,042.",
+        "flexible": " so the answer is 1,042.",
+        "runs on": " #### 42\n\nQuestion: next? #### 7",
+        "nothing": " I do not know",
+    }
+    targets = {"right": "42", "dollars": "1042", "flexible": "1,042", "runs on": "42", "nothing": "1"}
+    prompts = []
+
+    def answer(model, tokenizer, asked, new_tokens, stop):
+        prompts.extend(asked)
+        return [answers[each.rpartition("Question: ")[2].removesuffix("\nAnswer:")] for each in asked]
+
+    monkeypatch.setattr(red, "generate", answer)
+    problems = [{"question": q, "answer": f"because #### {targets[q]}"} for q in answers]
+    shots = [{"question": "1+1?", "answer": "two #### 2"}]
+    scores = red.gsm8k_scores(None, None, problems, shots, batch_size=2)
+    strict = [verdict["strict_correct"] for verdict in scores["problems"]]
+    flexible = [verdict["flexible_correct"] for verdict in scores["problems"]]
+    assert strict == [True, False, False, True, False]  # `#### $1` has no digit after the marks
+    assert flexible == [True, True, True, True, False]
+    assert scores["strict"] == 0.4 and scores["flexible"] == 0.8
+    assert prompts[0] == "Question: 1+1?\nAnswer: two #### 2\n\nQuestion: right\nAnswer:"
+
+
+# Pieces to copy ---------------------------------------------------------------------------------
+
+CORE = """effective_rank watch last_hidden observe stream_norms channel_importance select_channels
+selection_matrix gain_rescaling mean_squares aligned_modules READERS WRITERS projected_matrices
+feeding_norm ProjectedStudent random_orthonormal initial_projections initial_gains alignment_loss
+CHUNK ChunkedDistillation distillation_loss training_step""".split()
+
+
+def test_the_core_runs_where_there_is_only_torch():
+    space = {"torch": torch}
+    for name in CORE:
+        thing = getattr(red, name)
+        code = f"{name} = {thing!r}" if name.isupper() else inspect.getsource(thing)
+        exec(code, space)
+    teacher, batch = make_teacher(), make_batch()
+    importance = space["channel_importance"](teacher, [batch])
+    channels = space["select_channels"](importance, 16)
+    names = space["projected_matrices"](teacher)
+    projections = space["initial_projections"]("red", names, 32, 16, channels, None)
+    rescaling = space["gain_rescaling"](teacher, [batch], channels)
+    gains = space["initial_gains"]("red", teacher, projections, channels, rescaling)
+    model = AutoModelForCausalLM.from_config(red.student_config(teacher.config, 16))
+    student = space["ProjectedStudent"](teacher, model, projections, gains)
+    scales = space["mean_squares"](teacher, [batch], space["aligned_modules"](teacher))
+    totals = space["training_step"](teacher, student, [batch], scales=scales)
+    expected, calibration = make_student(teacher)
+    assert math.isfinite(totals["loss"]) and len(student.parameters()) == len(expected.parameters())
+    assert space["effective_rank"](torch.eye(3)) == pytest.approx(3)
+
+
+@pytest.mark.parametrize("name", ["effective_rank", "select_channels", "selection_matrix",
+                                  "alignment_loss", "random_orthonormal"])  # fmt: skip
+def test_plain_tensor_functions_stand_alone(name):
+    space = {"torch": torch}
+    exec(inspect.getsource(getattr(red, name)), space)
+    x = torch.rand(4, 3)
+    words = {"effective_rank": (x,), "select_channels": (x[:, 0], 2), "alignment_loss": (x, x)}
+    words |= {"selection_matrix": (torch.tensor([0, 2]), 4)}
+    words |= {"random_orthonormal": (4, 3, torch.Generator())}
+    space[name](*words[name])
+
+
+# The command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A folder with a small 'real' teacher and its tokenizer, and data in each format."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("real")
+    teacher = red.tiny_teacher(red.tiny_values(), 0, "cpu", steps=1)
+    teacher.save_pretrained(folder / "teacher")
+    red.tiny_tokenizer().save_pretrained(folder / "teacher")
+    (folder / "teacher/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    generator = random.Random(0)
+    lines = ["".join(red.arithmetic_problem(3, generator)).strip() for _ in range(300)]
+    (folder / "data.txt").write_text("\n\n".join(lines))
+    rows = [json.dumps({"question": line, "answer": "#### 7"}) for line in lines]
+    (folder / "data.jsonl").write_text("\n".join(rows))
+    datasets.Dataset.from_dict({"text": lines}).to_parquet(folder / "data.parquet")
+    return folder
+
+
+SMALL = "--steps 2 --batch-size 2 --seq-len 32 --calibration-samples 4 --device cpu".split()
+
+
+@pytest.mark.parametrize("data", ["data.txt", "data.jsonl", "data.parquet"])
+def test_a_run_on_a_folder_leaves_what_it_promises(real, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["--model", f"{real}/teacher", "--data", f"{real}/{data}", "--out", str(out), *SMALL]
+    assert red.main(words) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "settings.json", "metrics.jsonl", "summary.json", "selection.json", "student",
+    }  # fmt: skip
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2] and all(step["loss"] > 0 for step in steps)
+    selection = json.loads((out / "selection.json").read_text())
+    assert len(selection["channels"]) == 48 and len(selection["scores"]) == 96
+    summary = json.loads((out / "summary.json").read_text())
+    student = AutoModelForCausalLM.from_pretrained(out / "student")
+    assert student.config.hidden_size == 48 == summary["hidden_size"]
+    assert student.num_parameters() == summary["parameters"]
+    assert transformers.AutoTokenizer.from_pretrained(out / "student")("7+")["input_ids"] == [7, 10]
+    assert (out / "student/generation_config.json").is_file()
+    assert "license: apache-2.0" in (out / "student/README.md").read_text()
+    said = capsys.readouterr().out
+    assert "width 48" in said and "GiB" in said and "held-out loss" in said
+
+    written = (out / "summary.json").stat().st_mtime_ns
+    assert red.main(words) == 0  # the same command again: reused, not done again
+    assert (out / "summary.json").stat().st_mtime_ns == written
+    assert red.main([*words, "--seed", "1", "--alpha", "0.5"]) == 2
+    error = capsys.readouterr().err
+    assert "alpha" in error and "seed" in error and error.count("\n") == 1
+    assert (out / "summary.json").stat().st_mtime_ns == written
+    assert red.main([*words, "--seed", "1", "--overwrite", "--steps", "0"]) == 0
+    assert json.loads((out / "summary.json").read_text())["tokens"] == 0
+
+
+def test_several_methods_share_one_summary_and_the_seed_decides(real, tmp_path):
+    words = ["--model", f"{real}/teacher", "--data", f"{real}/data.txt", *SMALL]
+    words += ["--methods", *red.METHODS, "lrc", "--temperature", *"111114"]
+    results = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        assert red.main([*words, "--out", str(out)]) == 0
+        results.append(json.loads((out / "summary.json").read_text()))
+        for row in results[-1].values():
+            row.pop("seconds", None)
+            row.pop("teacher", None)
+    assert results[0] == results[1]
+    assert set(results[0]) == {"teacher", *red.METHODS, "lrc-T4"}
+    assert (tmp_path / "a/lrc-T4/student/config.json").is_file()
+    assert results[0]["red"]["singular_spread"] < results[0]["lrc"]["singular_spread"]
+
+
+def test_importance_and_calibration_data(real, tmp_path):
+    words = ["--model", f"{real}/teacher", "--data", f"{real}/data.txt", *SMALL]
+    words += ["--calibration_data", f"{real}/data.jsonl", "--importance", "variance"]
+    assert red.main([*words, "--alignment", "plain", "--out", str(tmp_path / "a")]) == 0
+    assert json.loads((tmp_path / "a/selection.json").read_text())["statistic"] == "variance"
+
+
+def test_chat_data_goes_through_the_template():
+    tokenizer = red.tiny_tokenizer()
+    chat = {"messages": [{"role": "user", "content": "1+1=?"}]}
+    with pytest.raises(red.UserError, match="template"):
+        red.document_tokens(chat, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
+    text = "".join(red.TINY_ALPHABET[i] for i in red.document_tokens(chat, tokenizer))
+    assert text == "1+1=?;\n"
+
+
+def test_packing_loses_nothing_but_the_last_row():
+    tokenizer = red.tiny_tokenizer()
+    documents = [{"text": "abc"}, {"text": "d"}, {"text": "efgh"}]
+    rows = list(red.packed_rows(documents, tokenizer, 5))
+    assert ["".join(red.TINY_ALPHABET[i] for i in row) for row in rows] == ["abc\nd", "\nefgh"]
+
+
+def bad_inputs():
+    """name -> (arguments, with {dir} for a folder of bad files; a word of the sentence)."""
+    model = ["--model", "{dir}/teacher", "--data", "{dir}/data.txt", "--out", "{dir}/out"]
+    yield "ratio of zero", ["--ratio", "0"], "ratio"
+    yield "ratio above one", ["--ratio", "1.5"], "ratio"
+    yield "ratio not a number", ["--ratio", "half"], "ratio"
+    yield "ratio nan", ["--ratio", "nan"], "ratio"
+    yield "zero width", ["--hidden-size", "0"], "hidden-size"
+    yield "both widths", ["--hidden-size", "8", "--ratio", "0.5"], "hidden-size"
+    yield "wider than the teacher", [*model, "--hidden-size", "97"], "hidden-size"
+    yield "negative steps", ["--steps", "-1"], "steps"
+    yield "zero batch", ["--batch-size", "0"], "batch-size"
+    yield "short sequence", ["--seq-len", "1"], "seq-len"
+    yield "learning rate", ["--learning-rate", "-1"], "learning-rate"
+    yield "infinite learning rate", ["--learning-rate", "inf"], "learning-rate"
+    yield "temperature", ["--temperature", "0"], "temperature"
+    yield "temperatures", ["--methods", "red", "--temperature", "1", "2"], "temperature"
+    yield "alpha", ["--alpha", "-0.1"], "alpha"
+    yield "one calibration sample", ["--calibration-samples", "1"], "calibration-samples"
+    yield "unknown flag", ["--frobnicate"], "frobnicate"
+    yield "abbreviated flag", ["--rat", "0.5"], "--rat"
+    yield "stray word", ["train"], "train"
+    yield "unknown method", ["--methods", "magic"], "magic"
+    yield "twice the same method", ["--methods", "lrc", "lrc"], "twice"
+    yield "data without a model", ["--data", "x.txt"], "--model"
+    yield "gsm8k without a model", ["--eval", "gsm8k"], "--model"
+    yield "unknown device", ["--device", "abacus"], "abacus"
+    yield "device not there", ["--device", "cuda:99"], "cuda:99"
+    yield "no folder", ["--model", "{dir}/nothing"], "nothing"
+    yield "hub out of reach", ["--model", "nobody/nothing"], "nobody/nothing"
+    yield "folder without config", ["--model", "{dir}"], "config.json"
+    yield "unsupported model", ["--model", "{dir}/gpt2"], "gpt2"
+    yield "mixture of experts", ["--model", "{dir}/mixtral"], "mixtral"
+    yield "quantised model", ["--model", "{dir}/quantised"], "quantised"
+    yield "broken config", ["--model", "{dir}/broken"], "config"
+    yield "truncated weights", [*model, "--model", "{dir}/truncated"], "weights"
+    yield "no weights", [*model, "--model", "{dir}/weightless"], "weights"
+    for name, word in {
+        "missing.txt": "no file", "empty.txt": "empty", "binary.txt": "binary.txt",
+        "broken.jsonl": "broken.jsonl", "broken.parquet": "broken.parquet",
+        "fields.jsonl": "fields", "short.txt": "short", "data.csv": ".jsonl",
+    }.items():  # fmt: skip
+        yield f"data {name}", [*model, "--data", "{dir}/" + name], word
+    yield "data out of reach", [*model, "--data", "nobody/nothing"], "--data"
+    yield "calibration too short", [*model, "--calibration-data", "{dir}/short.txt"], "short"
+    yield "chains need digits", [*model, "--model", "{dir}/words", "--eval", "chains"], "chains"
+    yield "out is a file", [*model, "--out", "{dir}/data.txt"], "is a file"
+    yield "out is a stranger's", [*model, "--out", "{dir}", "--overwrite"], "RED"
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, real):
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("teacher", "truncated", "weightless", "words"):
+        (folder / name).mkdir()
+        for path in (real / "teacher").iterdir():
+            (folder / name / path.name).write_bytes(path.read_bytes())
+    weights = folder / "truncated/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (folder / "weightless/model.safetensors").unlink()
+    vocabulary = (folder / "words/tokenizer.json").read_text().replace('"7"', '"seven"')
+    (folder / "words/tokenizer.json").write_text(vocabulary)
+    config = json.loads((folder / "teacher/config.json").read_text())
+    for name, change in {
+        "gpt2": {"model_type": "gpt2"},
+        "mixtral": {"model_type": "mixtral"},
+        "quantised": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    }.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config | change))
+    (folder / "broken").mkdir()
+    (folder / "broken/config.json").write_text("{")
+    (folder / "data.txt").write_bytes((real / "data.txt").read_bytes())
+    (folder / "data.csv").write_text("text\nhello\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 40)
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n' * 30)
+    (folder / "broken.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    (folder / "fields.jsonl").write_text('{"body": "1+1"}\n' * 30)
+    (folder / "short.txt").write_text("1+1\n\n2+2")
+    return folder
+
+
+@pytest.mark.parametrize("name, words, expected", [pytest.param(*c, id=c[0]) for c in bad_inputs()])
+def test_bad_input_gets_one_sentence(bad, name, words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(bad.rglob("*"))
+    words = [word.replace("{dir}", str(bad)) for word in words]
+    assert red.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("red.py: ") and said.count("\n") == 1 and said.endswith(".\n"), said
+    assert expected in said and "Traceback" not in said
+    assert sorted(bad.rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text, word", [("{", "tiny_config"), ('{"model_type": "gpt2"}', "model_type"),
+    ('{"model_type": "llama", "vocab_size": 7}', "vocab_size"), ("[]", "tiny_config"),
+    ('{"model_type": "llama", "vocab_size": 45, "hidden_size": "x"}', "hidden_size")])  # fmt: skip
+def test_a_broken_tiny_config_gets_one_sentence(text, word, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(red, "TINY_CONFIG", tmp_path / "tiny_config.json")
+    red.TINY_CONFIG.write_text(text)
+    assert red.main([]) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1
+
+
+def test_the_program_itself_exits_with_2_and_no_traceback(tmp_path):
+    command = [sys.executable, str(Path(red.__file__)), "--ratio", "7"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == "red.py: --ratio must lie in (0, 1], got 7.\n"
