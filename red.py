@@ -51,7 +51,7 @@ TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 # What a flag that was not given means: without --model (the tiny world), and with it.
 TINY_DEFAULTS = {
     "methods": ["red", "lrc", "lrc"], "temperature": [1.0, 1.0, 40.0], "steps": 100,
-    "batch_size": 32, "seq_len": 96, "learning_rate": 3e-3, "eval": "chains", "out": "runs/tiny",
+    "batch_size": 64, "seq_len": 48, "learning_rate": 3e-3, "eval": "chains", "out": "runs/tiny",
 }  # fmt: skip
 MODEL_DEFAULTS = {
     "methods": ["red"], "temperature": [1.0], "steps": 1000, "batch_size": 8, "seq_len": 512,
@@ -95,9 +95,9 @@ class Config:
         "relative", "alignment terms as LRC has them, or each divided by the teacher's mean square"
     )
     steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [100 | 1000]")
-    batch_size: int = option(None, "sequences per micro-batch [32 | 8]")
+    batch_size: int = option(None, "sequences per micro-batch [64 | 8]")
     grad_accum: int = option(1, "micro-batches per optimiser step")
-    seq_len: int = option(None, "tokens per sequence [96 | 512]")
+    seq_len: int = option(None, "tokens per sequence [48 | 512]")
     learning_rate: float = option(None, "peak learning rate of Adam [3e-3 | 3e-4]")
     temperature: list[float] = option(
         None, "softening of the KL term: one value, or one per method [1 1 40 | 1]"
@@ -1351,7 +1351,7 @@ def tiny_task(config, device, folder):
         teacher=teacher,
         tokenizer=tokenizer,
         calibration=list(batches("calibration", config.calibration_samples, 1)),
-        held_out=list(batches("held out", 2, 32)),
+        held_out=list(batches("held out", 2, 64)),
         stream=lambda: batches("training", None, config.batch_size),
         measure=task_scores(config, tokenizer),
     )
@@ -1458,7 +1458,7 @@ def announce(config, task, hidden_size, folders):
     say("student", f"width {hidden_size} {asked}, {small:,} parameters, {trainable:,} trained")
     say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
     say("training", f"{config.steps:,} steps, {total:,} tokens of {task.data}")
-    say("machine", f"{teacher.device}, {config.dtype}; about {memory / 2**30:.1f} GiB of memory")
+    say("machine", f"{teacher.device}, {teacher.dtype}; about {memory / 2**30:.1f} GiB of memory")
 
 
 def train_student(config, task, calibration, method, temperature, folder):
@@ -1521,7 +1521,10 @@ def table(rows):
     cells = [["", *columns]]
     cells += [[label, *(show(row) for show in columns.values())] for label, row in rows.items()]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in cells)
+    lines = [
+        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def run(config):
@@ -1583,7 +1586,7 @@ def run(config):
         example = rows["teacher"]["example"]
         print(f"\n{example['prompt']}  right: {example['truth']}")
         for label, row in rows.items():
-            print(f"{label:>16}  {row['example']['answer'].strip()}")
+            print(f"{label:<16}  {row['example']['answer'].strip()}")
 
 
 # ==================================================================================================
