@@ -905,7 +905,7 @@ def alignment_loss(student, teacher, projection=None, mask=None):
     return torch.nn.functional.mse_loss(student, target)
 
 
-CHUNK = 2**24  # logits that exist at a time, for the student and for the teacher
+CHUNK = 2**23  # logits that exist at a time, for the student and for the teacher
 
 
 class ChunkedDistillation(torch.autograd.Function):
@@ -921,24 +921,31 @@ class ChunkedDistillation(torch.autograd.Function):
         for i in range(0, len(targets), rows):
             chunk, target = hidden[i : i + rows], targets[i : i + rows, None]
             logits = (chunk @ head.T).to(precise)
-            log_q = torch.log_softmax(logits / temperature, -1)  # the student, softened
             logits_t = (teacher_hidden[i : i + rows] @ teacher_head.T).to(precise)
-            log_p = torch.log_softmax(logits_t / temperature, -1)  # the teacher, softened
-            log_q1 = log_q if temperature == 1 else torch.log_softmax(logits, -1)
+            log_q1 = torch.log_softmax(logits, -1)
+            cross_entropy -= log_q1.gather(1, target).sum()
+            if temperature == 1:
+                log_q = log_q1
+            else:
+                log_q = torch.log_softmax(logits / temperature, -1)
+                logits_t /= temperature
+            log_p = torch.log_softmax(logits_t, -1)
             p = log_p.exp()
             kl += temperature**2 * torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
-            cross_entropy -= log_q1.gather(1, target).sum()
-            # d/dlogits of KL is T (q - p), of cross-entropy softmax(logits) - onehot(target)
-            gradient = log_q.exp()
+            # d/dlogits of KL is T (q - p), of cross-entropy q1 - onehot(target). Whole passes over
+            # the logits are what costs here, so: as few as can be, and the sign at the end.
             if temperature == 1:
-                gradient = gradient.mul_(2).sub_(p)
+                descent = p.sub_(log_q.exp_(), alpha=2)
             else:
-                gradient = gradient.sub_(p).mul_(temperature).add_(log_q1.exp_())
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1.0))
-            gradient = gradient.div_(count).to(hidden.dtype)
-            grad_hidden[i : i + rows] = gradient @ head
-            grad_head += gradient.T @ chunk
-        ctx.save_for_backward(grad_hidden, grad_head.to(head.dtype))
+                descent = p.sub_(log_q.exp_()).mul_(temperature).sub_(log_q1.exp_())
+            descent.scatter_add_(1, target, descent.new_ones(target.shape))
+            descent = descent.to(hidden.dtype)
+            torch.mm(descent, head, out=grad_hidden[i : i + rows])
+            if precise == head.dtype:
+                grad_head.addmm_(descent.T, chunk)
+            else:
+                grad_head += descent.T @ chunk
+        ctx.save_for_backward(grad_hidden.div_(-count), grad_head.div_(-count).to(head.dtype))
         kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
         return kl + cross_entropy, kl, cross_entropy
