@@ -26,22 +26,19 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-# ==================================================================================================
-# Configuration
-#
+# ==== Configuration ===========================================================================
 # Every choice of a run is one field of one dataclass, with its help text. The command line, the
 # announcement before a run and the settings stored beside its results all come from here.
-# ==================================================================================================
 
 METHODS = ("red", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
 STATISTICS = ("norm-output", "normalised-stream", "variance")
@@ -83,59 +80,49 @@ class Config:
     ratio: float = option(None, "student width as a share of the teacher's, in (0, 1] [0.5]")
     hidden_size: int = option(None, "student width itself, instead of --ratio")
     methods: list[str] = option(None, "how projections start [red lrc lrc | red]", choices=METHODS)
-    data: str = option(
-        None, "local .txt, .jsonl or .parquet, or hub name[:config[:split]] [FineWeb-Edu sample]"
-    )
+    data: str = option(None, ".txt, .jsonl, .parquet or hub NAME[:CONFIG[:SPLIT]] [FineWeb-Edu]")
     calibration_data: str = option(None, "calibration text, given like --data [the same data]")
     calibration_samples: int = option(15, "sequences to calibrate on")
-    importance: Literal["norm-output", "normalised-stream", "variance"] = option(
-        "norm-output", "statistic that scores the channels"
-    )
-    alignment: Literal["plain", "relative"] = option(
-        "relative", "alignment terms as LRC has them, or each divided by the teacher's mean square"
+    importance: str = option("norm-output", "statistic that scores channels", choices=STATISTICS)
+    alignment: str = option(
+        "relative", "alignment as LRC has it, or over mean squares", choices=("plain", "relative")
     )
     steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [100 | 1000]")
     batch_size: int = option(None, "sequences per micro-batch [64 | 8]")
     grad_accum: int = option(1, "micro-batches per optimiser step")
     seq_len: int = option(None, "tokens per sequence [48 | 512]")
     learning_rate: float = option(None, "peak learning rate of Adam [3e-3 | 3e-4]")
-    temperature: list[float] = option(
-        None, "softening of the KL term: one value, or one per method [1 1 40 | 1]"
-    )
+    temperature: list[float] = option(None, "of the KL term: one, or one a method [1 1 40 | 1]")
     alpha: float = option(0.2, "weight of the alignment loss")
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "precision of the matrix products; auto is bfloat16 on cuda, else float32"
+    dtype: str = option(
+        "auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16")
     )
     out: str = option(None, "folder for the results [runs/tiny | runs/MODEL-WIDTH]")
     overwrite: bool = option(False, "replace an earlier run's results in --out")
-    eval: Literal["none", "chains", "gsm8k"] = option(
-        None, "task to measure besides loss and effective rank [chains | none]"
-    )
-    eval_data: str = option(None, "GSM8K problems: local .jsonl or hub name [openai/gsm8k, test]")
-    eval_shots_data: str = option(None, "GSM8K shots: the same, of which the first five are used")
+    eval: str = option(None, "task to measure [chains | none]", choices=("none", "chains", "gsm8k"))
+    eval_data: str = option(None, "GSM8K problems, given like --data [openai/gsm8k:main:test]")
+    eval_shots_data: str = option(None, "its first five are the shots [openai/gsm8k:main:train]")
     eval_limit: int = option(None, "measure only the first so many GSM8K problems")
 
 
 def parse_arguments(arguments=None):
     """Command line (list of words; None: sys.argv) -> Config. A mistake raises UserError."""
-    parser = transformers.HfArgumentParser(
-        Config,
-        prog="red.py",
-        description="RED: compress a language model's hidden width, keeping its reasoning.",
-        formatter_class=argparse.HelpFormatter,
-        allow_abbrev=False,
-    )
 
     def refuse(message):
         raise UserError(f"{message}; python red.py --help lists every flag.")
 
+    about = "RED: compress a language model's hidden width, keeping its reasoning."
+    style = argparse.HelpFormatter  # defaults that depend on --model are in the help texts
+    parser = transformers.HfArgumentParser(
+        Config, prog="red.py", description=about, formatter_class=style, allow_abbrev=False
+    )
     parser.error = refuse
-    config, *unknown = parser.parse_args_into_dataclasses(
+    config, *_, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown := unknown[-1]:
+    if unknown:
         refuse(f"unknown argument {unknown[0]}")
     check(config)
     return config
@@ -194,13 +181,10 @@ def resolve_device(config):
     return device, getattr(torch, config.dtype)
 
 
-# ==================================================================================================
-# Teacher and data (App. F)
-#
+# ==== Teacher and data (App. F) ===============================================================
 # A frozen teacher of a supported family, and batches of packed tokens. A batch is a dict of
 # `input_ids` and `labels`, both (batch, tokens) and aligned as in transformers (the shift by one
 # is made inside the loss; -100 is ignored), and an `attention_mask` where there is padding.
-# ==================================================================================================
 
 
 @dataclasses.dataclass
@@ -266,26 +250,22 @@ def open_documents(source):
     import datasets  # here, because it takes seconds to import and the tiny world needs none of it
 
     datasets.disable_progress_bars()
-    path = Path(source)
-    readers = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+    path, readers = Path(source), {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+    local = path.suffix in readers or path.exists()
+    if local and not path.is_file():
+        raise UserError(f"there is no file {source}.")
+    if local and path.suffix not in readers:
+        raise UserError(f"{source} must end in .txt, .jsonl or .parquet.")
+    if local and path.stat().st_size == 0:
+        raise UserError(f"{source} is empty.")
+    name, config, split = [source, "", ""] if local else (source.split(":") + ["", ""])[:3]
+    words = {"data_files": source} if local else {"name": config or None}
+    if path.suffix == ".txt":
+        words["sample_by"] = "paragraph"  # a blank line separates documents
     try:
-        if path.suffix in readers or path.exists():
-            if not path.is_file():
-                raise UserError(f"there is no file {source}.")
-            if path.suffix not in readers:
-                raise UserError(f"{source} must end in .txt, .jsonl or .parquet.")
-            if path.stat().st_size == 0:
-                raise UserError(f"{source} is empty.")
-            words = {"sample_by": "paragraph"} if path.suffix == ".txt" else {}
-            return datasets.load_dataset(
-                readers[path.suffix], data_files=str(path), split="train", streaming=True, **words
-            )
-        name, config, split = (source.split(":") + [None, None])[:3]
         return datasets.load_dataset(
-            name, config or None, split=split or "train", streaming=True
+            readers[path.suffix] if local else name, split=split or "train", streaming=True, **words
         )
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(
             f"cannot read the data {source!r} ({first_line(error)}); pass --data a local .txt, "
@@ -379,37 +359,15 @@ def text_task(config, teacher, tokenizer, device):
             rows = packed_rows(shuffled, tokenizer, config.seq_len)
             yield from as_batches(rows, config.batch_size, device)
 
-    return Task(
-        teacher=teacher,
-        tokenizer=tokenizer,
-        calibration=list(as_batches(samples, 1, device)),
-        held_out=list(as_batches(held_out, config.batch_size, device)),
-        stream=stream,
-        measure=task_scores(config, tokenizer),
-        name=config.model,
-        data=config.data,
-    )
+    samples = list(as_batches(samples, 1, device))
+    held_out = list(as_batches(held_out, config.batch_size, device))
+    measure = task_scores(config, tokenizer)
+    return Task(teacher, tokenizer, samples, held_out, stream, measure, config.model, config.data)
 
 
-def licence_of(model):
-    """The licence that the model card of a folder or hub model names, or None."""
-    from huggingface_hub import ModelCard
-
-    card = Path(model) / "README.md"
-    if Path(model).is_dir() and not card.is_file():
-        return None
-    try:
-        return ModelCard.load(card if card.is_file() else model).data.get("license")
-    except Exception:  # no card, no front matter, no network: the licence stays unknown
-        return None
-
-
-# ==================================================================================================
-# Effective rank (§4)
-#
+# ==== Effective rank (§4) =====================================================================
 # The paper's instrument. Hidden states whose effective rank is low are hard to tell apart, and a
 # chain of reasoning that has to tell its steps apart breaks first.
-# ==================================================================================================
 
 
 def effective_rank(hidden):
@@ -464,15 +422,19 @@ def last_hidden(model, batch):
     return output.last_hidden_state
 
 
+def real_tokens(batch):
+    """(batch, tokens) bool: True but at padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
+
+
 def observe(model, batches, names, see):
     """Run the model over batches without gradient, and show `see` each named module's work.
 
     It is called as see(name, input, output), both (tokens, width), with padding left out.
     """
     for batch in batches:
-        real = batch.get("attention_mask")
-        real = torch.ones_like(batch["input_ids"]) if real is None else real
-        real = real.bool()
+        real = real_tokens(batch)
 
         def see_real(name, before, after):
             see(name, before[real], after[real])
@@ -481,13 +443,10 @@ def observe(model, batches, names, see):
             last_hidden(model, batch)
 
 
-# ==================================================================================================
-# Calibration and selection (§5, Eqs. 9-10, Theorem 5.1)
-#
+# ==== Calibration and selection (§5, Eqs. 9-10, Theorem 5.1) ==================================
 # The contribution of RED. A few sequences through the teacher score each channel of the residual
 # stream; the best become the student's channels. The stream is one space, so one set of channels
 # serves every matrix [ours]: S is (d_t, d_s), a single 1 per column, and S.T @ S = I.
-# ==================================================================================================
 
 
 @dataclasses.dataclass
@@ -634,16 +593,13 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
     )
 
 
-# ==================================================================================================
-# The projected student and its merge (§3, App. C)
-#
+# ==== The projected student and its merge (§3, App. C) ========================================
 # The student is an ordinary transformers model of the teacher's own architecture, only narrower,
 # whose weights are made from the teacher's: W @ P where a matrix reads the residual stream, P.T @ W
 # where it writes to it. They are made once per optimiser step and handed to the model, which then
 # runs as it is, on any attention kernel, through any number of micro-batches; its gradients are
 # carried back to the projections once. (The other way, projecting inside every forward, would pay
 # for the products anew with each micro-batch, and needs functional_call around each use.)
-# ==================================================================================================
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 WRITERS = ("o_proj", "down_proj")
@@ -691,11 +647,8 @@ class ProjectedStudent:
         width, narrow = embedding.shape[1], model.model.embed_tokens.weight.shape[1]
         expected = {name: (width, narrow) for name in projected_matrices(teacher)}
         expected |= {name: (narrow,) for name in stream_norms(teacher)}
-        given = {name: tuple(t.shape) for name, t in {**projections, **gains}.items()}
-        if given != expected:
-            wrong = sorted(n for n in given.keys() | expected if given.get(n) != expected.get(n))
-            raise ValueError(f"projections or gains missing or of the wrong shape: {wrong[:3]}")
-
+        if {name: tuple(t.shape) for name, t in {**projections, **gains}.items()} != expected:
+            raise ValueError("projections or gains are missing or of the wrong shape")
         precise = torch.promote_types(embedding.dtype, torch.float32)
 
         def trainable(tensor):
@@ -808,12 +761,6 @@ def nearest_width(teacher_config, wanted):
     raise UserError("this teacher's config accepts no student width.")
 
 
-def random_orthonormal(width, narrow, generator):
-    """(width, narrow) float32 with orthonormal columns, uniform over all such matrices."""
-    q, r = torch.linalg.qr(torch.randn(width, narrow, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal().sign()).float()
-
-
 def initial_projections(method, names, width, narrow, channels, generator):
     """Where the projections start: name -> (width, narrow) float32 (§5; the baselines: Table 7).
 
@@ -824,12 +771,18 @@ def initial_projections(method, names, width, narrow, channels, generator):
     shared-orthogonal       random orthonormal columns, the same for every name
     Raises ValueError for an unknown method.
     """
+
+    def orthonormal():  # uniform over all such matrices
+        normal = torch.randn(width, narrow, generator=generator, dtype=torch.float64)
+        q, r = torch.linalg.qr(normal)
+        return (q * r.diagonal().sign()).float()
+
     if method in ("red", "random-selection"):
         shared = selection_matrix(channels, width)
     elif method == "shared-orthogonal":
-        shared = random_orthonormal(width, narrow, generator)
+        shared = orthonormal()
     elif method == "orthogonal":
-        return {name: random_orthonormal(width, narrow, generator) for name in names}
+        return {name: orthonormal() for name in names}
     elif method == "lrc":
         std = 0.02 * (3072 / width) ** 0.5
         return {name: std * torch.randn(width, narrow, generator=generator) for name in names}
@@ -880,13 +833,10 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
     return ProjectedStudent(teacher, model, projections, gains, fold)
 
 
-# ==================================================================================================
-# Losses (App. B)
-#
+# ==== Losses (App. B) =========================================================================
 # KL from the teacher, cross-entropy of the next token, and alignment of activations. At a real
 # vocabulary the logits are the largest tensors of a step, so KL and cross-entropy are computed in
 # chunks of tokens, and their gradient with them: no two full logit tensors ever exist.
-# ==================================================================================================
 
 
 def alignment_loss(student, teacher, projection=None, mask=None):
@@ -941,10 +891,7 @@ class ChunkedDistillation(torch.autograd.Function):
             descent.scatter_add_(1, target, descent.new_ones(target.shape))
             descent = descent.to(hidden.dtype)
             torch.mm(descent, head, out=grad_hidden[i : i + rows])
-            if precise == head.dtype:
-                grad_head.addmm_(descent.T, chunk)
-            else:
-                grad_head += descent.T @ chunk
+            grad_head += descent.T @ chunk
         ctx.save_for_backward(grad_hidden.div_(-count), grad_head.div_(-count).to(head.dtype))
         kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
@@ -983,12 +930,9 @@ def distillation_loss(
     )
 
 
-# ==================================================================================================
-# Distillation (App. F.1)
-#
+# ==== Distillation (App. F.1) =================================================================
 # The loop of the paper: frozen teacher, projected student, three losses, Adam. Weight decay is 0,
 # because decay would shrink the projections, and warm-up, linear decay and clipping are LRC's.
-# ==================================================================================================
 
 
 def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, scales=None):
@@ -1000,17 +944,12 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
     """
     student.make_weights()
     labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
-    tokens = [
-        batch["input_ids"].numel() if batch.get("attention_mask") is None
-        else int(batch["attention_mask"].sum())
-        for batch in micro_batches
-    ]  # fmt: skip
+    tokens = sum(int(real_tokens(batch).sum()) for batch in micro_batches)
     aligned = aligned_modules(teacher)
     totals = dict.fromkeys(("loss", "kl", "cross_entropy", "alignment"), 0.0)
-    for batch, share in zip(micro_batches, tokens):
-        activations, terms = {}, []
-        mask = batch.get("attention_mask")
-        mask = None if mask is None else mask.bool()
+    for batch in micro_batches:
+        activations, terms, real = {}, [], real_tokens(batch)
+        mask = None if real.all() else real  # picking all of them would copy for nothing
 
         def keep(name, before, after):
             activations[name] = after
@@ -1029,7 +968,7 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
             teacher_hidden, teacher.lm_head.weight,
             batch["labels"], temperature, labels,
         )  # fmt: skip
-        alignment = torch.stack(terms).sum() * (share / sum(tokens))
+        alignment = torch.stack(terms).sum() * (real.sum() / tokens)
         loss = likelihood + alpha * alignment
         loss.backward()
         for name, term in zip(totals, (loss, kl, cross_entropy, alignment)):
@@ -1060,7 +999,9 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         losses = training_step(teacher, student, micro_batches, temperature, alpha, scales)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         if not torch.isfinite(losses["loss"] + norm):
-            raise FloatingPointError(f"the loss is not finite at step {step + 1}")
+            raise FloatingPointError(
+                f"the loss is not finite at step {step + 1}: try a lower learning rate, or float32"
+            )
         optimizer.step()
         optimizer.zero_grad()
         record = {"step": step + 1} | {name: float(value) for name, value in losses.items()}
@@ -1074,12 +1015,9 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         student.make_weights()
 
 
-# ==================================================================================================
-# Evaluation (§6)
-#
+# ==== Evaluation (§6) =========================================================================
 # Held-out loss and effective rank for any causal language model, teacher or student alike, and two
 # tests of reasoning: chains of the tiny world, and GSM8K as lm-evaluation-harness scores it.
-# ==================================================================================================
 
 
 def evaluate(model, batches, rank_tokens=4096):
@@ -1095,12 +1033,11 @@ def evaluate(model, batches, rank_tokens=4096):
     def see(name, before, after):
         seen = states.setdefault(name, [])
         if sum(map(len, seen)) < rank_tokens:
-            seen.append((after if real is None else after[real]).reshape(-1, after.shape[-1]))
+            seen.append(after[real])
 
     with torch.no_grad(), watch(model, blocks, see):
         for batch in batches:
-            real = batch.get("attention_mask")
-            real = None if real is None else real.bool()
+            real = real_tokens(batch)
             hidden, labels = last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
             counts = labels != -100
             for h, target in zip(hidden[counts].split(512), labels[counts].split(512)):
@@ -1146,14 +1083,15 @@ def task_scores(config, tokenizer):
         if set(TINY_ALPHABET) - set(tokenizer.get_vocab()):
             raise UserError("--eval chains needs a teacher of the tiny world, such as OUT/teacher.")
         return lambda model: chain_scores(model, tokenizer)
-    if config.eval == "gsm8k":
-        shots = list(open_documents(config.eval_shots_data or "openai/gsm8k:main:train").take(5))
-        problems = open_documents(config.eval_data or "openai/gsm8k:main:test")
-        problems = list(problems.take(config.eval_limit) if config.eval_limit else problems)
-        if not all("question" in each and "answer" in each for each in shots + problems):
-            raise UserError("GSM8K data needs the fields `question` and `answer`.")
-        return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
-    return lambda model: {}
+    if config.eval == "none":
+        return lambda model: {}
+    problems = config.eval_data or "openai/gsm8k:main:test"
+    shots = config.eval_shots_data or "openai/gsm8k:main:train"
+    problems = taken(open_documents(problems), config.eval_limit, problems)
+    shots = taken(open_documents(shots), 5, shots)
+    if not all({"question", "answer"} <= each.keys() for each in problems + shots):
+        raise UserError("GSM8K data needs the fields `question` and `answer`.")
+    return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
 
 
 def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
@@ -1164,6 +1102,8 @@ def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
     drawn anew for each problem, ours are `shots` for all (its `first_n` sampler). Returns
     `strict` and `flexible` accuracy, and `problems`: the answers, extractions and verdicts.
     """
+    patterns = {"strict": r"#### (\-?[0-9\.\,]+)", "flexible": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
+    stop = ["Question:", "</s>", "<|im_end|>"]
 
     def ask(problem):
         return f"Question: {problem['question']}\nAnswer:"
@@ -1173,43 +1113,30 @@ def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
             text = re.sub(pattern, "", text)
         return text.lower()
 
-    def extract(text, pattern, which):
-        found = re.findall(pattern, text)
-        if not found:
-            return "[invalid]"
-        groups = found[which] if isinstance(found[which], tuple) else [found[which]]
-        return next((group for group in groups if group), "").strip()
-
-    stop = ["Question:", "</s>", "<|im_end|>"]
     before = "".join(f"{ask(shot)} {shot['answer']}\n\n" for shot in shots)
     verdicts = []
-    bar = tqdm(range(0, len(problems), batch_size), desc="gsm8k", leave=False)
-    for i in bar:
+    for i in tqdm(range(0, len(problems), batch_size), desc="gsm8k", leave=False):
         chosen = problems[i : i + batch_size]
         answers = generate(model, tokenizer, [before + ask(each) for each in chosen], 256, stop)
         for problem, answer in zip(chosen, answers):
-            for word in stop:
-                answer = answer.split(word)[0]
-            verdict = {"question": problem["question"], "target": clean(problem["answer"])}
-            verdict |= {"answer": answer, "strict": extract(answer, r"#### (\-?[0-9\.\,]+)", 0)}
-            verdict["flexible"] = extract(answer, r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)
-            for kind in ("strict", "flexible"):
+            answer = re.split("|".join(map(re.escape, stop)), answer)[0]
+            verdict = {"question": problem["question"], "answer": answer}
+            verdict["target"] = clean(problem["answer"])
+            for kind, pattern in patterns.items():
+                found = [match[match.lastindex] for match in re.finditer(pattern, answer)]
+                which = 0 if kind == "strict" else -1  # the first `####`, but the last number
+                verdict[kind] = found[which].strip() if found else "[invalid]"
                 verdict[f"{kind}_correct"] = clean(verdict[kind]) == verdict["target"]
             verdicts.append(verdict)
-    scores = {
-        kind: sum(verdict[f"{kind}_correct"] for verdict in verdicts) / max(1, len(verdicts))
-        for kind in ("strict", "flexible")
-    }
+    right = {kind: [verdict[f"{kind}_correct"] for verdict in verdicts] for kind in patterns}
+    scores = {kind: sum(each) / max(1, len(each)) for kind, each in right.items()}
     return scores | {"problems": verdicts}
 
 
-# ==================================================================================================
-# The tiny world
-#
+# ==== The tiny world ==========================================================================
 # A world small enough to train a teacher in about a minute, with the paper's contrast in it: lines
 # of arithmetic modulo 10 that need a chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60
 # fixed pairs that need none (recall), `abcd:wxyz`. Characters are tokens; only answers are labels.
-# ==================================================================================================
 
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
 TINY_PAIRS = [
@@ -1354,23 +1281,18 @@ def tiny_task(config, device, folder):
         lines = tiny_batches(batch_size, config.seq_len, f"{purpose} {config.seed}", device)
         return itertools.islice(lines, count)
 
-    return Task(
-        teacher=teacher,
-        tokenizer=tokenizer,
-        calibration=list(batches("calibration", config.calibration_samples, 1)),
-        held_out=list(batches("held out", 2, 64)),
-        stream=lambda: batches("training", None, config.batch_size),
-        measure=task_scores(config, tokenizer),
-    )
+    def training():
+        return batches("training", None, config.batch_size)
+
+    calibration = list(batches("calibration", config.calibration_samples, 1))
+    held_out, measure = list(batches("held out", 2, 64)), task_scores(config, tokenizer)
+    return Task(teacher, tokenizer, calibration, held_out, training, measure)
 
 
-# ==================================================================================================
-# Comparing methods
-#
+# ==== Comparing methods =======================================================================
 # A run is one or more students of the same teacher, width, data, steps, loss and optimiser, which
 # differ in how their projections start. Each has a folder of its own, written so that what is
 # finished is reused, what is not is done again, and nothing of anyone else is touched.
-# ==================================================================================================
 
 def say(what, text):
     """One line of the announcement or of progress."""
@@ -1399,15 +1321,15 @@ def claim(folder, settings, overwrite):
     """Whether `folder` holds a finished run of these settings; UserError where it is not free."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder.")
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
     try:
         stored = json.loads((folder / "settings.json").read_text())
-        ours = stored.get("program") == "red.py"
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        if folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder} holds files that are no run of RED; name another --out.")
-        return False
+        if stored["program"] != "red.py":
+            raise ValueError
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = "holds files that are no run of RED"
+        raise UserError(f"{folder} {reason}; name another --out.") from error
     different = sorted(k for k in stored.keys() | settings if stored.get(k) != settings.get(k))
     if different and not overwrite:
         raise UserError(
@@ -1420,34 +1342,50 @@ def claim(folder, settings, overwrite):
 def prepare(folder, settings):
     """Make the folder ours, and rid it of an earlier run's results."""
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "settings.json", settings)
     for name in ("metrics.jsonl", "summary.json", "selection.json", "gsm8k.jsonl"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "student", ignore_errors=True)
-    write_json(folder / "settings.json", settings)
 
 
 def model_card(task, hidden_size, method, tokens):
-    """The short README.md of an exported student."""
-    licence = licence_of(task.name)
+    """The short README.md of an exported student; the licence is what the teacher's card names."""
+    card = Path(task.name) / "README.md"
+    try:
+        card = card if Path(task.name).is_dir() else task.name
+        licence = huggingface_hub.ModelCard.load(card).data.get("license")
+    except Exception:  # no card, no front matter, no network: the licence stays unknown
+        licence = None
     return f"""---
 base_model: {task.name}
 library_name: transformers
-{f"license: {licence}" if licence else "# the licence of the teacher was not found"}
+license: {licence or "other"}
 ---
 
 # {task.name}, compressed to hidden width {hidden_size}
 
 A student of {task.name} (hidden width {task.teacher.config.hidden_size}), distilled with
-projections around its frozen weights: method `{method}` on {tokens:,} tokens of {task.data}.
-The projections are merged, so it loads with plain transformers. The terms of the teacher's
-licence ({licence or "not found: see the teacher's own page"}) apply to it.
+projections around its frozen weights: method `{method}`, {tokens:,} tokens of {task.data}.
+The projections are merged, so it loads with plain transformers. The teacher's licence
+({licence or "not known; see the teacher's own page"}) applies to it.
 """
 
 
-def announce(config, task, hidden_size, folders):
-    """Say what will be done, before it is done."""
+def set_up(config, device, dtype, folders):
+    """The Task and the Calibration of a run, and what it will do, said before it is done.
+
+    folders: label -> where that student goes.
+    """
+    if config.model:
+        teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
+        task = text_task(config, teacher, tokenizer, device)
+    else:
+        task = tiny_task(config, device, Path(config.out) / "teacher")
     teacher = task.teacher
     width, kind = teacher.config.hidden_size, teacher.config.model_type
+    if (config.hidden_size or 0) > width:
+        raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
+    hidden_size = nearest_width(teacher.config, config.hidden_size or config.ratio * width)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
     large, small = teacher.num_parameters(), student.num_parameters()
@@ -1466,12 +1404,17 @@ def announce(config, task, hidden_size, folders):
     say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
     say("training", f"{config.steps:,} steps, {total:,} tokens of {task.data}")
     say("machine", f"{teacher.device}, {teacher.dtype}; about {memory / 2**30:.1f} GiB of memory")
+    calibration = calibrate(teacher, task.calibration, hidden_size, config.importance)
+    trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
+    say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")
+    return task, calibration
 
 
-def train_student(config, task, calibration, method, temperature, folder):
-    """One student from its start to what is left of it in `folder`; returns its summary, a dict."""
+def train_student(config, task, calibration, own, folder):
+    """One student from its start to what stays of it in `folder`; returns its summary, a dict."""
     started = time.perf_counter()
     teacher, hidden_size = task.teacher, len(calibration.channels)
+    method, temperature = own["method"], own["temperature"]
     student = new_student(method, teacher, hidden_size, calibration, config.seed)
     if method == "red":
         selection = {"statistic": config.importance, "halves_agree": calibration.overlap}
@@ -1507,31 +1450,24 @@ def train_student(config, task, calibration, method, temperature, folder):
 def table(rows):
     """Summaries (label -> dict) as lines of text: one for the teacher, one for each student."""
 
-    def count(number):
-        return f"{number / 1e9:.2f}B" if number >= 1e9 else f"{number / 1e6:.2f}M"
-
-    columns = {"parameters": lambda row: count(row["parameters"])}
-    columns["held-out loss"] = lambda row: f"{row['loss']:.3f}"
-    first = next(iter(rows.values()))
-    for key in ("recall", "strict", "flexible"):
-        if key in first:
-            columns[key] = lambda row, key=key: f"{row[key]:.0%}"
-    for i, steps in enumerate(TINY_STEPS if "chains" in first else ()):
-        columns[f"{steps} step{'s' * (i > 0)}"] = lambda row, i=i: f"{row['chains'][i]:.0%}"
-    columns["spread"] = lambda row: f"{row.get('singular_spread', 0):.2f}"
-
-    def ranks(row):
+    def cells(row):
+        yield "parameters", f"{row['parameters'] / 1e6:,.2f}M"
+        yield "held-out loss", f"{row['loss']:.3f}"
+        for key in ("recall", "strict", "flexible"):
+            if key in row:
+                yield key, f"{row[key]:.0%}"
+        for steps, score in zip(TINY_STEPS, row.get("chains", ())):
+            yield f"{steps} step{'s' * (steps > 1)}", f"{score:.0%}"
+        yield "spread", f"{row.get('singular_spread', 0):.2f}"
         shown = row["erank"][:: math.ceil(len(row["erank"]) / 6)]
-        return "  ".join(f"{rank:.0f} ({rank / row['hidden_size']:.0%})" for rank in shown)
+        ranks = [f"{rank:.0f} ({rank / row['hidden_size']:.0%})" for rank in shown]
+        yield "eRank after each block (share of width)", "  ".join(ranks)
 
-    columns["eRank after each block (share of width)"] = ranks
-    cells = [["", *columns]]
-    cells += [[label, *(show(row) for show in columns.values())] for label, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = [
-        [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells
-    ]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    lines = [["", *(title for title, _ in cells(next(iter(rows.values()))))]]
+    lines += [[label, *(text for _, text in cells(row))] for label, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
+    return "\n".join("  ".join(line) for line in padded)
 
 
 def run(config):
@@ -1543,62 +1479,44 @@ def run(config):
         del shared[name]  # these do not change a student, or belong to one of several
     if not config.model:
         shared["tiny_config"] = tiny_values()
-    runs = {}  # label -> (method, temperature); a method's second temperature joins its label
+    runs, done = {}, {}  # label -> (folder, settings), and -> summary
     for method, temperature in zip(config.methods, config.temperature):
-        runs[f"{method}-T{temperature:g}" if method in runs else method] = (method, temperature)
-    folders = {label: out / label if several else out for label in runs}
-    settings = {
-        label: {**shared, "method": method, "temperature": temperature}
-        for label, (method, temperature) in runs.items()
-    }
+        label = f"{method}-T{temperature:g}" if method in runs else method
+        own = shared | {"method": method, "temperature": temperature}
+        runs[label] = (out / label if several else out, own)
     if several:
         claim(out, shared, config.overwrite)
-    finished = {}
-    for label, folder in folders.items():
-        if claim(folder, settings[label], config.overwrite):
-            finished[label] = json.loads((folder / "summary.json").read_text())
+    for label, (folder, own) in runs.items():
+        if claim(folder, own, config.overwrite):
+            done[label] = json.loads((folder / "summary.json").read_text())
             say("finished", f"{label}, reused from {folder}")
-    if len(finished) < len(runs):
-        if config.model:
-            teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
-            task = text_task(config, teacher, tokenizer, device)
-        else:
-            task = tiny_task(config, device, out / "teacher")
-        teacher_config = task.teacher.config
-        width = teacher_config.hidden_size
-        if (config.hidden_size or 0) > width:
-            raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
-        hidden_size = nearest_width(teacher_config, config.hidden_size or config.ratio * width)
-        announce(config, task, hidden_size, folders)
-        calibration = calibrate(task.teacher, task.calibration, hidden_size, config.importance)
-        trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
-        say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")
-        teacher_row = {"parameters": task.teacher.num_parameters(), "hidden_size": width}
-        teacher_row |= evaluate(task.teacher, task.held_out) | task.measure(task.teacher)
-        teacher_row.pop("problems", None)
+    if len(done) < len(runs):
+        task, calibration = set_up(config, device, dtype, {k: v[0] for k, v in runs.items()})
+        teacher = {"hidden_size": task.teacher.config.hidden_size}
+        teacher["parameters"] = task.teacher.num_parameters()
+        teacher |= evaluate(task.teacher, task.held_out) | task.measure(task.teacher)
+        teacher.pop("problems", None)
         if several:
             prepare(out, shared)
-        for label in [label for label in runs if label not in finished]:
-            prepare(folders[label], settings[label])
-            row = train_student(config, task, calibration, *runs[label], folders[label])
-            finished[label] = row | {"teacher": teacher_row}
-            write_json(folders[label] / "summary.json", finished[label])
-            say("student", f"{label}: held-out loss {row['loss']:.3f} after {row['seconds']:.0f} s")
-    rows = {label: finished[label] for label in runs}
-    rows = {"teacher": next(iter(rows.values()))["teacher"], **rows}
+        for label, (folder, own) in runs.items():
+            if label not in done:
+                prepare(folder, own)
+                row = train_student(config, task, calibration, own, folder)
+                done[label] = row | {"teacher": teacher}
+                write_json(folder / "summary.json", done[label])
+                say("student", f"{label}: held-out loss {row['loss']:.3f}, {row['seconds']:.0f} s")
+    rows = {"teacher": done[next(iter(runs))]["teacher"]} | {label: done[label] for label in runs}
     if several:
         write_json(out / "summary.json", rows)
     print("\n" + table(rows))
-    if "example" in rows["teacher"]:
-        example = rows["teacher"]["example"]
-        print(f"\n{example['prompt']}  right: {example['truth']}")
+    if example := rows["teacher"].get("example"):
+        print(f"\n{example['prompt']}  (right: {example['truth']})")
         for label, row in rows.items():
             print(f"{label:<16}  {row['example']['answer'].strip()}")
 
 
-# ==================================================================================================
-# Command line
-# ==================================================================================================
+# ==== Command line ============================================================================
+# One sentence and exit code 2 for what the user can mend; 1 where a run broke off.
 
 
 def main(arguments=None):
@@ -1610,11 +1528,8 @@ def main(arguments=None):
     except UserError as error:
         print(f"red.py: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"red.py: {error}; try a lower --learning-rate or --dtype float32.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"red.py: {first_line(error)}; finished students are kept.", file=sys.stderr)
+    except (FloatingPointError, OSError) as error:
+        print(f"red.py: {first_line(error)}; what was finished is kept.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -589,9 +589,9 @@ def test_gsm8k_is_scored_like_the_harness(monkeypatch):
 
 # Pieces to copy ---------------------------------------------------------------------------------
 
-CORE = """effective_rank watch last_hidden observe stream_norms channel_importance select_channels
+CORE = """effective_rank watch last_hidden real_tokens observe stream_norms channel_importance select_channels
 selection_matrix gain_rescaling mean_squares aligned_modules READERS WRITERS projected_matrices
-feeding_norm ProjectedStudent random_orthonormal initial_projections initial_gains alignment_loss
+feeding_norm ProjectedStudent initial_projections initial_gains alignment_loss
 CHUNK ChunkedDistillation distillation_loss training_step""".split()
 
 
@@ -618,14 +618,14 @@ def test_the_core_runs_where_there_is_only_torch():
 
 
 @pytest.mark.parametrize("name", ["effective_rank", "select_channels", "selection_matrix",
-                                  "alignment_loss", "random_orthonormal"])  # fmt: skip
+                                  "alignment_loss", "initial_projections"])  # fmt: skip
 def test_plain_tensor_functions_stand_alone(name):
     space = {"torch": torch}
     exec(inspect.getsource(getattr(red, name)), space)
     x = torch.rand(4, 3)
     words = {"effective_rank": (x,), "select_channels": (x[:, 0], 2), "alignment_loss": (x, x)}
     words |= {"selection_matrix": (torch.tensor([0, 2]), 4)}
-    words |= {"random_orthonormal": (4, 3, torch.Generator())}
+    words |= {"initial_projections": ("orthogonal", ["a"], 4, 3, None, torch.Generator())}
     space[name](*words[name])
 
 
