@@ -428,19 +428,27 @@ def real_tokens(batch):
     return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
 
 
-def observe(model, batches, names, see):
-    """Run the model over batches without gradient, and show `see` each named module's work.
+def token_means(model, batches, names, measure):
+    """The mean over all real tokens of what each named module does: name -> float64 tensor.
 
-    It is called as see(name, input, output), both (tokens, width), with padding left out.
+    measure(input, output), of two float32 tensors (tokens, width), returns (tokens, ...). Only
+    running sums are kept, so memory does not grow with the batches; padding counts nowhere.
+    Raises ValueError where there are no tokens.
     """
+    sums, count = {}, 0
     for batch in batches:
         real = real_tokens(batch)
 
-        def see_real(name, before, after):
-            see(name, before[real], after[real])
+        def see(name, before, after):
+            seen = measure(before[real].float(), after[real].float())
+            sums[name] = sums.get(name, 0.0) + seen.cpu().double().sum(0)  # mps has no float64
 
-        with torch.no_grad(), watch(model, names, see_real):
+        with torch.no_grad(), watch(model, names, see):
             last_hidden(model, batch)
+        count += int(real.sum())
+    if count == 0:
+        raise ValueError("there are no tokens to measure on")
+    return {name: total / count for name, total in sums.items()}
 
 
 # ==== Calibration and selection (§5, Eqs. 9-10, Theorem 5.1) ==================================
@@ -470,41 +478,29 @@ def stream_norms(model):
 def channel_importance(model, batches, statistic="norm-output"):
     """How much the teacher uses each channel of its residual stream (§5).
 
-    batches: dicts of `input_ids` (batch, tokens) and perhaps `attention_mask`; padding counts
-    nowhere. Returns (d_t,) float64, which sums to the number of norm layers: per layer, the
-    statistic over all tokens, scaled to sum 1 [ours: the paper's Eqs. 9-10 are not known to us]:
+    batches: dicts of `input_ids` (batch, tokens) and perhaps `attention_mask`. Returns (d_t,)
+    float64, which sums to the number of norm layers: per layer, the statistic over all tokens,
+    scaled to sum 1 [ours: the paper's Eqs. 9-10 are not known to us], one of
       norm-output        mean absolute output of the norm layer, its gain included
       normalised-stream  root mean square of the stream, each token scaled to RMS 1, without gain
       variance           variance over tokens of the norm layer's output
-    Only running sums are kept, so memory does not grow with the calibration set. Raises
-    ValueError for an unknown statistic or no tokens.
+    Raises ValueError for an unknown statistic, no tokens, or activations that are not finite.
     """
-    if statistic not in ("norm-output", "normalised-stream", "variance"):
+    measures = {
+        "norm-output": lambda stream, normed: normed.abs(),
+        "normalised-stream": lambda stream, normed: stream**2 / (stream**2).mean(-1, True),
+        "variance": lambda stream, normed: torch.stack([normed, normed.square()], 1),
+    }
+    if statistic not in measures:
         raise ValueError(f"unknown statistic {statistic!r}")
-    sums = {}
-
-    def see(name, stream, normed):
-        seen = (stream if statistic == "normalised-stream" else normed).float()
-        if statistic == "norm-output":
-            seen = seen.abs()
-        if statistic == "normalised-stream":
-            seen = seen / seen.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-30)
-        seen = seen.cpu().double()  # the cpu has float64 everywhere; mps has none
-        count, first, second = sums.get(name, (0, 0.0, 0.0))
-        sums[name] = (count + len(seen), first + seen.sum(0), second + seen.square().sum(0))
-
-    observe(model, batches, stream_norms(model), see)
     total = 0.0
-    for count, first, second in sums.values():
-        if statistic == "norm-output":
-            score = first / count
-        elif statistic == "normalised-stream":
-            score = (second / count).sqrt()
-        else:
-            score = (second / count - (first / count).square()).clamp_min(0)
+    for mean in token_means(model, batches, stream_norms(model), measures[statistic]).values():
+        score = mean.sqrt() if statistic == "normalised-stream" else mean
+        if statistic == "variance":
+            score = (mean[1] - mean[0].square()).clamp_min(0)
         total = total + score / score.sum()
-    if not torch.is_tensor(total) or not torch.isfinite(total).all():
-        raise ValueError("channel_importance needs tokens, and finite activations on them")
+    if not torch.isfinite(total).all():
+        raise ValueError("the activations are not finite")
     return total
 
 
@@ -542,31 +538,25 @@ def gain_rescaling(model, batches, channels):
     A student that keeps some channels divides them by their own RMS where the teacher divided by
     that of all; this ratio on its gains makes up for it. Returns name -> float, 1.0 at full width.
     """
-    sums = {}
 
-    def see(name, stream, normed):
-        kept = stream[:, channels].float().square().mean(-1)
-        ratio = (kept / stream.float().square().mean(-1).clamp_min(1e-30)).sqrt()
-        total, count = sums.get(name, (0.0, 0))
-        sums[name] = (total + ratio.sum().item(), count + len(ratio))
+    def ratio(stream, normed):
+        return (stream[:, channels].square().mean(-1) / stream.square().mean(-1)).sqrt()
 
-    observe(model, batches, stream_norms(model), see)
-    return {name: total / count for name, (total, count) in sums.items()}
+    means = token_means(model, batches, stream_norms(model), ratio)
+    return {name: mean.item() for name, mean in means.items()}
 
 
-def mean_squares(model, batches, names):
-    """Mean square of each named module's output over the real tokens: name -> float.
+def mean_squares(model, batches):
+    """Mean square of each aligned module's output over the real tokens: name -> float.
 
     Measured once, these are the constants that `--alignment relative` divides by [ours].
     """
-    sums = {}
 
-    def see(name, before, after):
-        total, count = sums.get(name, (0.0, 0))
-        sums[name] = (total + after.float().square().sum().item(), count + after.numel())
+    def square(before, after):
+        return after.square().mean(-1)
 
-    observe(model, batches, names, see)
-    return {name: max(total / count, 1e-12) for name, (total, count) in sums.items()}
+    means = token_means(model, batches, aligned_modules(model), square)
+    return {name: max(mean.item(), 1e-12) for name, mean in means.items()}
 
 
 def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
@@ -589,7 +579,7 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
         channels=channels,
         overlap=len(halves[0] & halves[1]) / hidden_size,
         rescaling=gain_rescaling(teacher, batches, channels),
-        scales=mean_squares(teacher, batches, aligned_modules(teacher)),
+        scales=mean_squares(teacher, batches),
     )
 
 
@@ -1261,14 +1251,14 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
     return teacher.eval().requires_grad_(False)
 
 
-def tiny_task(config, device, folder):
+def tiny_task(config, device, dtype, folder):
     """The Task of the tiny world. Its teacher is kept in `folder`, and reused where it fits."""
     values = tiny_values()
     identity = {"config": values, "seed": config.seed, "steps": TINY_TEACHER_STEPS}
     note = folder / "teacher.json"
     if note.is_file() and json.loads(note.read_text()) == identity:
         say("teacher", f"reused from {folder}")
-        teacher, tokenizer = load_teacher(str(folder), device=device)
+        teacher, tokenizer = load_teacher(str(folder), device=device)  # always trained in float32
     else:
         say("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
         teacher, tokenizer = tiny_teacher(values, config.seed, device), tiny_tokenizer()
@@ -1286,7 +1276,7 @@ def tiny_task(config, device, folder):
 
     calibration = list(batches("calibration", config.calibration_samples, 1))
     held_out, measure = list(batches("held out", 2, 64)), task_scores(config, tokenizer)
-    return Task(teacher, tokenizer, calibration, held_out, training, measure)
+    return Task(teacher.to(dtype), tokenizer, calibration, held_out, training, measure)
 
 
 # ==== Comparing methods =======================================================================
@@ -1380,7 +1370,7 @@ def set_up(config, device, dtype, folders):
         teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
         task = text_task(config, teacher, tokenizer, device)
     else:
-        task = tiny_task(config, device, Path(config.out) / "teacher")
+        task = tiny_task(config, device, dtype, Path(config.out) / "teacher")
     teacher = task.teacher
     width, kind = teacher.config.hidden_size, teacher.config.model_type
     if (config.hidden_size or 0) > width:

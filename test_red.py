@@ -589,7 +589,7 @@ def test_gsm8k_is_scored_like_the_harness(monkeypatch):
 
 # Pieces to copy ---------------------------------------------------------------------------------
 
-CORE = """effective_rank watch last_hidden real_tokens observe stream_norms channel_importance select_channels
+CORE = """effective_rank watch last_hidden real_tokens token_means stream_norms channel_importance select_channels
 selection_matrix gain_rescaling mean_squares aligned_modules READERS WRITERS projected_matrices
 feeding_norm ProjectedStudent initial_projections initial_gains alignment_loss
 CHUNK ChunkedDistillation distillation_loss training_step""".split()
@@ -610,7 +610,7 @@ def test_the_core_runs_where_there_is_only_torch():
     gains = space["initial_gains"]("red", teacher, projections, channels, rescaling)
     model = AutoModelForCausalLM.from_config(red.student_config(teacher.config, 16))
     student = space["ProjectedStudent"](teacher, model, projections, gains)
-    scales = space["mean_squares"](teacher, [batch], space["aligned_modules"](teacher))
+    scales = space["mean_squares"](teacher, [batch])
     totals = space["training_step"](teacher, student, [batch], scales=scales)
     expected, calibration = make_student(teacher)
     assert math.isfinite(totals["loss"]) and len(student.parameters()) == len(expected.parameters())
