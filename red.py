@@ -998,7 +998,7 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         record |= {"learning_rate": schedule.get_last_lr()[0], "gradient_norm": float(norm)}
         record |= {"seconds": time.perf_counter() - started}
         schedule.step()
-        bar.set_postfix(loss=f"{record['loss']:.3f}")
+        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if log:
             log(record)
     with torch.no_grad():
@@ -1247,7 +1247,7 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return teacher.eval().requires_grad_(False)
 
 
