@@ -718,37 +718,31 @@ class ProjectedStudent:
             tokenizer.save_pretrained(folder)
 
 
+def width_step(teacher_config):
+    """What a width must be a multiple of: for a Llama its heads, as transformers now insists."""
+    return teacher_config.num_attention_heads if teacher_config.model_type == "llama" else 1
+
+
 def student_config(teacher_config, hidden_size):
     """The teacher's config at another width: `head_dim` pinned, no trace of quantisation.
 
-    Raises ValueError for a width that the family does not accept (a Llama's must be a multiple of
-    its number of heads).
+    Raises ValueError for a width that the family does not accept (see `width_step`).
     """
+    if hidden_size % width_step(teacher_config):
+        raise ValueError(f"width {hidden_size} is no multiple of {width_step(teacher_config)}")
     values = teacher_config.to_dict()
     for trace in ("quantization_config", "_name_or_path", "dtype", "transformers_version"):
         values.pop(trace, None)
     heads = teacher_config.num_attention_heads
     head_dim = getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // heads
     values.update(hidden_size=hidden_size, head_dim=head_dim)
-    try:
-        return type(teacher_config)(**values)
-    except Exception as error:  # transformers has its own class for each mismatch
-        raise ValueError(first_line(error)) from error
+    return type(teacher_config)(**values)
 
 
 def nearest_width(teacher_config, wanted):
-    """The accepted student width nearest to `wanted` (a float), the larger of two as near.
-
-    Raises UserError where that is none between 1 and the teacher's width.
-    """
-    widths = range(1, teacher_config.hidden_size + 1)
-    for width in sorted(widths, key=lambda width: (abs(width - wanted), -width)):
-        try:
-            student_config(teacher_config, width)
-            return width
-        except ValueError:
-            continue
-    raise UserError("this teacher's config accepts no student width.")
+    """The accepted student width, at least one step, nearest to `wanted` (a float)."""
+    step = width_step(teacher_config)
+    return max(step, step * math.floor(wanted / step + 0.5))
 
 
 def initial_projections(method, names, width, narrow, channels, generator):

@@ -824,7 +824,7 @@ def test_bad_input_gets_one_sentence(bad, name, words, expected, capsys, tmp_pat
 
 @pytest.mark.parametrize("text, word", [("{", "tiny_config"), ('{"model_type": "gpt2"}', "model_type"),
     ('{"model_type": "llama", "vocab_size": 7}', "vocab_size"), ("[]", "tiny_config"),
-    ('{"model_type": "llama", "vocab_size": 45, "hidden_size": "x"}', "hidden_size")])  # fmt: skip
+    ('{"model_type": "llama", "vocab_size": 45, "hidden_size": "x"}', "tiny_config")])  # fmt: skip
 def test_a_broken_tiny_config_gets_one_sentence(text, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(red, "TINY_CONFIG", tmp_path / "tiny_config.json")
