@@ -223,16 +223,14 @@ def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
             "a folder that holds config.json, the weights and the tokenizer."
         ) from error
     if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{name} is a {config.model_type!r} model; supported are {', '.join(FAMILIES)}."
-        )
+        families = ", ".join(FAMILIES)
+        raise UserError(f"{name} is a {config.model_type!r} model; supported are {families}.")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name} is quantised; pass the full-precision checkpoint it came from.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        teacher = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, config=config, dtype=dtype
-        )
+        words = {"revision": revision, "config": config, "dtype": dtype}
+        teacher = AutoModelForCausalLM.from_pretrained(name, **words)
     except Exception as error:
         raise UserError(
             f"cannot load {name!r} ({first_line(error)}); its weights or tokenizer are missing or "
@@ -573,14 +571,9 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
         set(select_channels(channel_importance(teacher, half, statistic), hidden_size).tolist())
         for half in (batches[:middle], batches[middle:])
     ]
-    return Calibration(
-        batches=batches,
-        importance=importance,
-        channels=channels,
-        overlap=len(halves[0] & halves[1]) / hidden_size,
-        rescaling=gain_rescaling(teacher, batches, channels),
-        scales=mean_squares(teacher, batches),
-    )
+    overlap = len(halves[0] & halves[1]) / hidden_size
+    rescaling, scales = gain_rescaling(teacher, batches, channels), mean_squares(teacher, batches)
+    return Calibration(batches, importance, channels, overlap, rescaling, scales)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
@@ -695,14 +688,11 @@ class ProjectedStudent:
 
     def carry_back(self):
         """From the gradients of the made weights to those of the projections and gains."""
-        pairs = [
-            (self.made[name], parameter.grad)
-            for name, parameter in self.model.named_parameters()
-            if parameter.grad is not None
-        ]
-        torch.autograd.backward([made for made, _ in pairs], [gradient for _, gradient in pairs])
+        trained = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
+        made = [self.made[name] for name in trained]
+        torch.autograd.backward(made, [parameter.grad for parameter in trained.values()])
         self.made = None
-        for parameter in self.model.parameters():
+        for parameter in trained.values():
             parameter.grad = None
 
     def export(self, folder, tokenizer=None):
@@ -782,8 +772,7 @@ def initial_gains(method, teacher, projections, channels, rescaling):
     the gains into the reading weights and start at 1; a tied head cannot fold, so there the final
     gain is the diagonal of P.T @ diag(g) @ P.
     """
-    gains = {}
-    embedding = projections["model.embed_tokens"]
+    gains, embedding = {}, projections["model.embed_tokens"]
     for name in stream_norms(teacher):
         gain = teacher.get_submodule(name).weight.detach().float().cpu()
         if method in ("red", "random-selection"):
@@ -799,20 +788,17 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
     """A student of `hidden_size` at the start of training, by any of METHODS (§3, §5)."""
     generator = torch.Generator().manual_seed(seed)
     width = teacher.config.hidden_size
-    channels = calibration.channels
-    rescaling = calibration.rescaling
+    channels, rescaling = calibration.channels, calibration.rescaling
     if method == "random-selection":
         channels = torch.randperm(width, generator=generator)[:hidden_size].sort().values
         rescaling = gain_rescaling(teacher, calibration.batches, channels)
     names = projected_matrices(teacher)
     projections = initial_projections(method, names, width, hidden_size, channels, generator)
     gains = initial_gains(method, teacher, projections, channels, rescaling)
+    config = student_config(teacher.config, hidden_size)
+    words = {"dtype": teacher.dtype, "attn_implementation": teacher.config._attn_implementation}
     with torch.device("meta"):  # no memory and no random numbers: the weights come from merge()
-        model = AutoModelForCausalLM.from_config(
-            student_config(teacher.config, hidden_size),
-            dtype=teacher.dtype,
-            attn_implementation=teacher.config._attn_implementation,
-        )
+        model = AutoModelForCausalLM.from_config(config, **words)
     fold = method in ("orthogonal", "shared-orthogonal")
     return ProjectedStudent(teacher, model, projections, gains, fold)
 
@@ -983,9 +969,8 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         losses = training_step(teacher, student, micro_batches, temperature, alpha, scales)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         if not torch.isfinite(losses["loss"] + norm):
-            raise FloatingPointError(
-                f"the loss is not finite at step {step + 1}: try a lower learning rate, or float32"
-            )
+            advice = "try a lower learning rate, or float32"
+            raise FloatingPointError(f"the loss is not finite at step {step + 1}: {advice}")
         optimizer.step()
         optimizer.zero_grad()
         record = {"step": step + 1} | {name: float(value) for name, value in losses.items()}
@@ -1025,8 +1010,7 @@ def evaluate(model, batches, rank_tokens=4096):
             hidden, labels = last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
             counts = labels != -100
             for h, target in zip(hidden[counts].split(512), labels[counts].split(512)):
-                logits = model.lm_head(h).float()
-                total += F.cross_entropy(logits, target, reduction="sum").item()
+                total += F.cross_entropy(model.lm_head(h).float(), target, reduction="sum").item()
             count += int(counts.sum())
     loss = total / max(1, count)
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": count}
@@ -1041,11 +1025,8 @@ def singular_spread(student):
 
     0 for a start with selection matrices or orthonormal ones; it grows as few directions win.
     """
-    spreads = []
-    for projection in student.projections.values():
-        values = torch.linalg.svdvals(projection.detach())
-        spreads.append((values.std(correction=0) / values.mean()).item())
-    return sum(spreads) / len(spreads)
+    values = [torch.linalg.svdvals(each.detach()) for each in student.projections.values()]
+    return sum((v.std(correction=0) / v.mean()).item() for v in values) / len(values)
 
 
 def generate(model, tokenizer, prompts, new_tokens, stop=None):
@@ -1063,12 +1044,12 @@ def generate(model, tokenizer, prompts, new_tokens, stop=None):
 
 def task_scores(config, tokenizer):
     """`--eval` -> a function of a model that returns its scores, a dict ({} for `none`)."""
+    if config.eval == "none":
+        return lambda model: {}
     if config.eval == "chains":
         if set(TINY_ALPHABET) - set(tokenizer.get_vocab()):
             raise UserError("--eval chains needs a teacher of the tiny world, such as OUT/teacher.")
         return lambda model: chain_scores(model, tokenizer)
-    if config.eval == "none":
-        return lambda model: {}
     problems = config.eval_data or "openai/gsm8k:main:test"
     shots = config.eval_shots_data or "openai/gsm8k:main:train"
     problems = taken(open_documents(problems), config.eval_limit, problems)
@@ -1219,10 +1200,9 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
     """
     try:
         config = AutoConfig.for_model(**values)
-        if config.model_type not in FAMILIES:
-            raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}")
-        if config.vocab_size != len(TINY_ALPHABET):
-            raise ValueError(f"vocab_size must be {len(TINY_ALPHABET)}")
+        if config.model_type not in FAMILIES or config.vocab_size != len(TINY_ALPHABET):
+            size, families = len(TINY_ALPHABET), ", ".join(FAMILIES)
+            raise ValueError(f"vocab_size must be {size}, and model_type one of {families}")
         torch.manual_seed(seed)
         teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     except Exception as error:  # transformers has its own class for each mismatch
@@ -1233,9 +1213,9 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
     bar = tqdm(range(steps), desc="train teacher", leave=False)
     for _ in bar:
         batch = next(stream)
-        counts = batch["labels"][:, 1:] != -100
-        logits = teacher.lm_head(last_hidden(teacher, batch)[:, :-1][counts])
-        loss = F.cross_entropy(logits, batch["labels"][:, 1:][counts])
+        targets = batch["labels"][:, 1:]
+        logits = teacher.lm_head(last_hidden(teacher, batch)[:, :-1][targets != -100])
+        loss = F.cross_entropy(logits, targets[targets != -100])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
@@ -1305,8 +1285,8 @@ def claim(folder, settings, overwrite):
     """Whether `folder` holds a finished run of these settings; UserError where it is not free."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; name a folder.")
-    if not folder.exists() or not any(folder.iterdir()):
-        return False
+    if not folder.exists() or set(os.listdir(folder)) <= {"teacher", "teacher.partial"}:
+        return False  # new, or broken off after the tiny world's teacher
     try:
         stored = json.loads((folder / "settings.json").read_text())
         if stored["program"] != "red.py":
@@ -1334,9 +1314,8 @@ def prepare(folder, settings):
 
 def model_card(task, hidden_size, method, tokens):
     """The short README.md of an exported student; the licence is what the teacher's card names."""
-    card = Path(task.name) / "README.md"
     try:
-        card = card if Path(task.name).is_dir() else task.name
+        card = Path(task.name) / "README.md" if Path(task.name).is_dir() else task.name
         licence = huggingface_hub.ModelCard.load(card).data.get("license")
     except Exception:  # no card, no front matter, no network: the licence stays unknown
         licence = None
@@ -1356,10 +1335,7 @@ The projections are merged, so it loads with plain transformers. The teacher's l
 
 
 def set_up(config, device, dtype, folders):
-    """The Task and the Calibration of a run, and what it will do, said before it is done.
-
-    folders: label -> where that student goes.
-    """
+    """The Task and the Calibration of a run, and what it will do, said before it is done."""
     if config.model:
         teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
         task = text_task(config, teacher, tokenizer, device)
@@ -1381,10 +1357,10 @@ def set_up(config, device, dtype, folders):
     memory = teacher.dtype.itemsize * (large + 2 * small) + 16 * trainable
     aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
     memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24
-    total = config.steps * config.grad_accum * tokens
-    asked = "as asked" if config.ratio is None else f"for a ratio of {config.ratio:g}"
+    total, trained = config.steps * config.grad_accum * tokens, f"{trainable:,} learn"
+    asked = config.hidden_size or f"a ratio of {config.ratio:g}"
     say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
-    say("student", f"width {hidden_size} {asked}, {small:,} parameters, {trainable:,} trained")
+    say("student", f"width {hidden_size} (asked: {asked}), {small:,} parameters, {trained}")
     say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
     say("training", f"{config.steps:,} steps, {total:,} tokens of {task.data}")
     say("machine", f"{teacher.device}, {teacher.dtype}; about {memory / 2**30:.1f} GiB of memory")
@@ -1402,8 +1378,8 @@ def train_student(config, task, calibration, own, folder):
     student = new_student(method, teacher, hidden_size, calibration, config.seed)
     if method == "red":
         selection = {"statistic": config.importance, "halves_agree": calibration.overlap}
-        selection["channels"] = calibration.channels.tolist()
-        selection["scores"] = calibration.importance.tolist()
+        for name in ("channels", "importance"):
+            selection[name] = getattr(calibration, name).tolist()
         write_json(folder / "selection.json", selection)
     student.make_weights()
     initial = evaluate(student.model, task.held_out)

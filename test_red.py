@@ -665,7 +665,7 @@ def test_a_run_on_a_folder_leaves_what_it_promises(real, data, tmp_path, capsys)
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2] and all(step["loss"] > 0 for step in steps)
     selection = json.loads((out / "selection.json").read_text())
-    assert len(selection["channels"]) == 48 and len(selection["scores"]) == 96
+    assert len(selection["channels"]) == 48 and len(selection["importance"]) == 96
     summary = json.loads((out / "summary.json").read_text())
     student = AutoModelForCausalLM.from_pretrained(out / "student")
     assert student.config.hidden_size == 48 == summary["hidden_size"]
