@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -168,11 +169,11 @@ def check(config):
 def resolve_device(config):
     """--device and --dtype -> (torch.device, torch.dtype). A device not there: UserError."""
     backends = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    backends["cpu"] = 1
     name = config.device
     if name == "auto":
-        name = next((backend for backend, count in backends.items() if count), "cpu")
+        name = next(backend for backend, count in backends.items() if count)
     kind, _, index = name.partition(":")
-    backends["cpu"] = 1
     if not (index or "0").isdigit() or int(index or 0) >= backends.get(kind, 0):
         raise UserError(f"there is no device {name!r} on this machine; --device cpu always works.")
     device = torch.device(name)
@@ -276,12 +277,11 @@ def document_tokens(document, tokenizer):
 
     Fields: `messages` (through the tokenizer's chat template), `question` and `answer`, or `text`.
     """
-    special = True
-    if document.get("messages"):
+    special = not document.get("messages")  # a chat template writes the special tokens itself
+    if not special:
         if not tokenizer.chat_template:
             raise UserError("the data holds chats, but the teacher's tokenizer has no template.")
         text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-        special = False  # the template writes the special tokens itself
     elif document.get("question") is not None and document.get("answer") is not None:
         text = f"Question: {document['question']}\nAnswer: {document['answer']}"
     elif document.get("text") is not None:
@@ -564,15 +564,17 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
     the choice can be trusted (App. G.2): `overlap` is the share on which the halves agree, and two
     random sets would agree on hidden_size / d_t.
     """
-    importance = channel_importance(teacher, batches, statistic)
+    shown = functools.partial(tqdm, desc="calibrate", leave=False)
+    importance = channel_importance(teacher, shown(batches), statistic)
     channels = select_channels(importance, hidden_size)
     middle = len(batches) // 2
     halves = [
-        set(select_channels(channel_importance(teacher, half, statistic), hidden_size).tolist())
-        for half in (batches[:middle], batches[middle:])
+        set(select_channels(channel_importance(teacher, part, statistic), hidden_size).tolist())
+        for part in (shown(batches[:middle]), shown(batches[middle:]))
     ]
     overlap = len(halves[0] & halves[1]) / hidden_size
-    rescaling, scales = gain_rescaling(teacher, batches, channels), mean_squares(teacher, batches)
+    rescaling = gain_rescaling(teacher, shown(batches), channels)
+    scales = mean_squares(teacher, shown(batches))
     return Calibration(batches, importance, channels, overlap, rescaling, scales)
 
 
@@ -799,8 +801,7 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
     words = {"dtype": teacher.dtype, "attn_implementation": teacher.config._attn_implementation}
     with torch.device("meta"):  # no memory and no random numbers: the weights come from merge()
         model = AutoModelForCausalLM.from_config(config, **words)
-    fold = method in ("orthogonal", "shared-orthogonal")
-    return ProjectedStudent(teacher, model, projections, gains, fold)
+    return ProjectedStudent(teacher, model, projections, gains, method.endswith("orthogonal"))
 
 
 # ==== Losses (App. B) =========================================================================
@@ -1005,7 +1006,7 @@ def evaluate(model, batches, rank_tokens=4096):
             seen.append(after[real])
 
     with torch.no_grad(), watch(model, blocks, see):
-        for batch in batches:
+        for batch in tqdm(batches, desc="evaluate", leave=False):
             real = real_tokens(batch)
             hidden, labels = last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
             counts = labels != -100
@@ -1245,12 +1246,10 @@ def tiny_task(config, device, dtype, folder):
         lines = tiny_batches(batch_size, config.seq_len, f"{purpose} {config.seed}", device)
         return itertools.islice(lines, count)
 
-    def training():
-        return batches("training", None, config.batch_size)
-
     calibration = list(batches("calibration", config.calibration_samples, 1))
     held_out, measure = list(batches("held out", 2, 64)), task_scores(config, tokenizer)
-    return Task(teacher.to(dtype), tokenizer, calibration, held_out, training, measure)
+    stream = functools.partial(batches, "training", None, config.batch_size)
+    return Task(teacher.to(dtype), tokenizer, calibration, held_out, stream, measure)
 
 
 # ==== Comparing methods =======================================================================
@@ -1292,8 +1291,7 @@ def claim(folder, settings, overwrite):
         if stored["program"] != "red.py":
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = "holds files that are no run of RED"
-        raise UserError(f"{folder} {reason}; name another --out.") from error
+        raise UserError(f"{folder} holds files of no run of RED; name another --out.") from error
     different = sorted(k for k in stored.keys() | settings if stored.get(k) != settings.get(k))
     if different and not overwrite:
         raise UserError(
@@ -1349,18 +1347,18 @@ def set_up(config, device, dtype, folders):
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
     large, small = teacher.num_parameters(), student.num_parameters()
-    trainable = len(projected_matrices(teacher)) * width * hidden_size
-    trainable += len(stream_norms(teacher)) * hidden_size
+    learn = len(projected_matrices(teacher)) * width * hidden_size
+    learn += len(stream_norms(teacher)) * hidden_size
     tokens = config.batch_size * config.seq_len
     # Teacher, made weights and their gradients; for what trains the value, gradient and Adam's two
     # moments; the activations that are aligned, thrice; and some chunks of logits.
-    memory = teacher.dtype.itemsize * (large + 2 * small) + 16 * trainable
+    memory = teacher.dtype.itemsize * (large + 2 * small) + 16 * learn
     aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
     memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24
-    total, trained = config.steps * config.grad_accum * tokens, f"{trainable:,} learn"
+    total = config.steps * config.grad_accum * tokens
     asked = config.hidden_size or f"a ratio of {config.ratio:g}"
     say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
-    say("student", f"width {hidden_size} (asked: {asked}), {small:,} parameters, {trained}")
+    say("student", f"width {hidden_size} (asked: {asked}), {small:,} parameters, {learn:,} learn")
     say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
     say("training", f"{config.steps:,} steps, {total:,} tokens of {task.data}")
     say("machine", f"{teacher.device}, {teacher.dtype}; about {memory / 2**30:.1f} GiB of memory")
