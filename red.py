@@ -131,6 +131,8 @@ def parse_arguments(arguments=None):
 
 def check(config):
     """Fill in what was not given and refuse what cannot be (UserError). Loads nothing."""
+    if config.methods is None and config.temperature and not config.model:
+        config.methods = ["red", "lrc"]
     if config.methods is not None and config.temperature is None:
         config.temperature = [1.0]
     for name, value in (MODEL_DEFAULTS if config.model else TINY_DEFAULTS).items():
@@ -142,7 +144,7 @@ def check(config):
         config.temperature = config.temperature * len(config.methods)
     for name, least in LEAST.items():
         value = getattr(config, name)
-        if value is not None and not least <= value < math.inf:
+        if value is not None and not least <= value < 2**63:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be a number of at least {least}, got {value}.")
     for value in (config.learning_rate, *config.temperature):
@@ -168,15 +170,16 @@ def check(config):
 
 def resolve_device(config):
     """--device and --dtype -> (torch.device, torch.dtype). A device not there: UserError."""
-    backends = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    backends["cpu"] = 1
     name = config.device
-    if name == "auto":
-        name = next(backend for backend, count in backends.items() if count)
-    kind, _, index = name.partition(":")
-    if not (index or "0").isdigit() or int(index or 0) >= backends.get(kind, 0):
+    try:
+        if name == "auto":
+            name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = torch.empty(0, device=name).device
+        known = device.type in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError, ValueError):
+        known = False
+    if not known:
         raise UserError(f"there is no device {name!r} on this machine; --device cpu always works.")
-    device = torch.device(name)
     if config.dtype == "auto":
         return device, torch.bfloat16 if device.type == "cuda" else torch.float32
     return device, getattr(torch, config.dtype)
@@ -217,7 +220,7 @@ def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(f"{name} holds no config.json, so it is no model folder.")
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"cannot read the config of {name!r} ({first_line(error)}); check the name, or pass "
@@ -228,20 +231,26 @@ def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
         raise UserError(f"{name} is a {config.model_type!r} model; supported are {families}.")
     if getattr(config, "quantization_config", None):
         raise UserError(f"{name} is quantised; pass the full-precision checkpoint it came from.")
+    words = {"revision": revision, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        words = {"revision": revision, "config": config, "dtype": dtype}
-        teacher = AutoModelForCausalLM.from_pretrained(name, **words)
+        tokenizer = AutoTokenizer.from_pretrained(name, **words)
+        words |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        teacher, report = AutoModelForCausalLM.from_pretrained(name, **words)
+        if report["missing_keys"]:
+            raise ValueError(f"without {sorted(report['missing_keys'])[0]}")
     except Exception as error:
         raise UserError(
             f"cannot load {name!r} ({first_line(error)}); its weights or tokenizer are missing or "
             "damaged, so fetch them again."
         ) from error
+    # A file may hold two different matrices where its config calls them tied: believe the file.
+    tied = teacher.lm_head.weight is teacher.model.embed_tokens.weight
+    teacher.config.tie_word_embeddings = tied
     return teacher.to(device).eval().requires_grad_(False), tokenizer
 
 
-def open_documents(source):
-    """`--data` -> a streaming datasets.IterableDataset. UserError where it cannot be read.
+def open_documents(source, flag="--data"):
+    """What a flag names -> a streaming datasets.IterableDataset. UserError where it cannot be read.
 
     A path that exists, or ends like a local file, is local; anything else is a hub dataset as
     `name`, `name:config` or `name:config:split`.
@@ -267,7 +276,7 @@ def open_documents(source):
         )
     except Exception as error:
         raise UserError(
-            f"cannot read the data {source!r} ({first_line(error)}); pass --data a local .txt, "
+            f"cannot read the data {source!r} ({first_line(error)}); pass {flag} a local .txt, "
             ".jsonl or .parquet file, or the name of a hub dataset that can be reached."
         ) from error
 
@@ -293,7 +302,8 @@ def document_tokens(document, tokenizer):
         )
     tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
-    return tokens if end is None or tokens[-1:] == [end] else tokens + [end]
+    closed = end is None or end in tokens[-2:]  # by the tokenizer, or by a template and a newline
+    return tokens if closed else tokens + [end]
 
 
 def packed_rows(documents, tokenizer, seq_len):
@@ -314,48 +324,55 @@ def as_batches(rows, batch_size, device):
         yield {"input_ids": ids, "labels": ids}
 
 
-def taken(items, count, source):
-    """The first `count` items as a list. What breaks while reading becomes a UserError."""
+def readable(items, source):
+    """The items of a source; what breaks while reading them becomes a UserError."""
     try:
-        return list(itertools.islice(items, count))
+        yield from items
     except UserError:
         raise
-    except Exception as error:  # a file that opens but is no text, or that breaks halfway
+    except Exception as error:  # a file that opens but is no text, a hub that drops halfway
         raise UserError(f"cannot read the data {source!r} ({first_line(error)}).") from error
 
 
 def text_task(config, teacher, tokenizer, device):
     """The Task of a real teacher: streamed text, its first documents held out (App. F.2).
 
-    Held out are the first 200 documents, or a tenth of a smaller source, of which at most 32
-    sequences are measured. Calibration uses the first training sequences unless it has data of
-    its own. Raises UserError for data that cannot be read or is shorter than what a run needs.
+    Held out are the first 200 documents, or a tenth of a smaller source (more, where that is less
+    than one sequence), of which at most 32 sequences are measured. Calibration uses the first
+    training sequences unless it has data of its own. Raises UserError for data that cannot be
+    read, or is shorter than what a run needs.
     """
 
-    def first_rows(documents, source, wanted, least):
-        rows = taken(packed_rows(documents, tokenizer, config.seq_len), wanted, source)
-        if len(rows) < least:
-            raise UserError(
-                f"{source} is too short: {len(rows)} sequences of {config.seq_len} tokens where at "
-                f"least {least} are needed; give more text or a smaller --seq-len."
-            )
-        return rows
+    def rows(documents, source, wanted=None):
+        packed = packed_rows(readable(documents, source), tokenizer, config.seq_len)
+        return list(itertools.islice(packed, wanted))
 
     documents = open_documents(config.data)
-    held = max(1, min(200, len(taken(documents, 2000, config.data)) // 10))
-    held_out = first_rows(documents.take(held), config.data, 32, 1)
-    training = documents.skip(held)
-    source = config.calibration_data or config.data
-    calibration = open_documents(source) if config.calibration_data else training
-    samples = first_rows(calibration, source, config.calibration_samples, 2)
+    count = sum(1 for _ in readable(documents.take(2000), config.data))
+    held = max(1, min(200, count // 10))
+    while held <= count // 4 and not rows(documents.take(held), config.data, 1):
+        held *= 2
+    held_out, training = rows(documents.take(held), config.data, 32), documents.skip(held)
+    calibration, source = training, config.calibration_data or config.data
+    if source != config.data:
+        calibration = open_documents(source, "--calibration-data")
+    samples = rows(calibration, source, config.calibration_samples)
+    if not held_out or not rows(training, config.data, 1) or len(samples) < 2:
+        raise UserError(
+            f"{source if held_out else config.data} is too short for {config.seq_len} tokens at a "
+            "time; give more text (in a .txt, a blank line ends a document) or a smaller --seq-len."
+        )
 
-    def stream():
+    def endless():
         for epoch in itertools.count():
             if epoch:
                 say("data", f"used up; repeated, shuffled anew (epoch {epoch + 1})")
             shuffled = training.shuffle(seed=config.seed + epoch, buffer_size=2000)
-            rows = packed_rows(shuffled, tokenizer, config.seq_len)
-            yield from as_batches(rows, config.batch_size, device)
+            yield from readable(shuffled, config.data)
+
+    def stream():
+        packed = packed_rows(endless(), tokenizer, config.seq_len)
+        return as_batches(packed, config.batch_size, device)
 
     samples = list(as_batches(samples, 1, device))
     held_out = list(as_batches(held_out, config.batch_size, device))
@@ -426,6 +443,11 @@ def real_tokens(batch):
     return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
 
 
+def real_labels(batch):
+    """The labels, with -100 at padding, too."""
+    return batch["labels"].masked_fill(~real_tokens(batch), -100)
+
+
 def token_means(model, batches, names, measure):
     """The mean over all real tokens of what each named module does: name -> float64 tensor.
 
@@ -449,7 +471,7 @@ def token_means(model, batches, names, measure):
     return {name: total / count for name, total in sums.items()}
 
 
-# ==== Calibration and selection (§5, Eqs. 9-10, Theorem 5.1) ==================================
+# ==== Calibration and selection (§5) ==========================================================
 # The contribution of RED. A few sequences through the teacher score each channel of the residual
 # stream; the best become the student's channels. The stream is one space, so one set of channels
 # serves every matrix [ours]: S is (d_t, d_s), a single 1 per column, and S.T @ S = I.
@@ -463,7 +485,6 @@ class Calibration:
     importance: torch.Tensor  # (d_t,)
     channels: torch.Tensor  # (d_s,)
     overlap: float  # of the channels that two halves of the calibration set pick, from 0 to 1
-    rescaling: dict  # norm name -> factor on its kept gains
     scales: dict  # aligned module -> mean square of the teacher's output
 
 
@@ -482,7 +503,8 @@ def channel_importance(model, batches, statistic="norm-output"):
       norm-output        mean absolute output of the norm layer, its gain included
       normalised-stream  root mean square of the stream, each token scaled to RMS 1, without gain
       variance           variance over tokens of the norm layer's output
-    Raises ValueError for an unknown statistic, no tokens, or activations that are not finite.
+    Raises ValueError for an unknown statistic or no tokens, and FloatingPointError for
+    activations that are not finite.
     """
     measures = {
         "norm-output": lambda stream, normed: normed.abs(),
@@ -498,7 +520,7 @@ def channel_importance(model, batches, statistic="norm-output"):
             score = (mean[1] - mean[0].square()).clamp_min(0)
         total = total + score / score.sum()
     if not torch.isfinite(total).all():
-        raise ValueError("the activations are not finite")
+        raise FloatingPointError("the teacher's activations are not finite")
     return total
 
 
@@ -525,9 +547,7 @@ def selection_matrix(channels, width):
     """
     if len(set(channels.tolist())) < len(channels):
         raise ValueError("a channel is selected twice")
-    selection = torch.zeros(width, len(channels))
-    selection[channels.cpu(), torch.arange(len(channels))] = 1.0
-    return selection
+    return torch.eye(width)[:, channels.cpu()]
 
 
 def gain_rescaling(model, batches, channels):
@@ -536,7 +556,6 @@ def gain_rescaling(model, batches, channels):
     A student that keeps some channels divides them by their own RMS where the teacher divided by
     that of all; this ratio on its gains makes up for it. Returns name -> float, 1.0 at full width.
     """
-
     def ratio(stream, normed):
         return (stream[:, channels].square().mean(-1) / stream.square().mean(-1)).sqrt()
 
@@ -549,11 +568,8 @@ def mean_squares(model, batches):
 
     Measured once, these are the constants that `--alignment relative` divides by [ours].
     """
-
-    def square(before, after):
-        return after.square().mean(-1)
-
-    means = token_means(model, batches, aligned_modules(model), square)
+    names = aligned_modules(model)
+    means = token_means(model, batches, names, lambda before, after: after.square().mean(-1))
     return {name: max(mean.item(), 1e-12) for name, mean in means.items()}
 
 
@@ -573,9 +589,8 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
         for part in (shown(batches[:middle]), shown(batches[middle:]))
     ]
     overlap = len(halves[0] & halves[1]) / hidden_size
-    rescaling = gain_rescaling(teacher, shown(batches), channels)
     scales = mean_squares(teacher, shown(batches))
-    return Calibration(batches, importance, channels, overlap, rescaling, scales)
+    return Calibration(batches, importance, channels, overlap, scales)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
@@ -621,9 +636,8 @@ class ProjectedStudent:
     fold         let the teacher's gains act inside the reading weights, W @ diag(g) @ P, as a
                  rotated start needs; the student's gains then start at 1 [ours]
 
-    Not an nn.Module, so that what trains is plain to see: `parameters()` is the projections and
-    the gains, in float32 (float64 around a float64 teacher), and nothing else. Raises ValueError
-    where projections or gains are missing or of the wrong shape.
+    Not an nn.Module, so that what trains is plain to see: `parameters()` is projections and gains,
+    in float32 or better. Raises ValueError where these are missing or of the wrong shape.
     """
 
     def __init__(self, teacher, model, projections, gains, fold=False):
@@ -662,7 +676,7 @@ class ProjectedStudent:
 
         Names and shapes are those of the student's own checkpoint (App. C). Biases of o and down
         live in the stream and are projected like their weights [ours]; what lives in head space
-        (q/k/v biases, q_norm, k_norm) is the teacher's own.
+        (q/k/v biases, q_norm, k_norm) is the teacher's own [ours].
         """
         weights = {}
         for name, weight in self.frozen.items():
@@ -731,20 +745,28 @@ def student_config(teacher_config, hidden_size):
     return type(teacher_config)(**values)
 
 
-def nearest_width(teacher_config, wanted):
-    """The accepted student width, at least one step, nearest to `wanted` (a float)."""
-    step = width_step(teacher_config)
-    return max(step, step * math.floor(wanted / step + 0.5))
+def student_width(config, teacher_config):
+    """--ratio or --hidden-size -> the nearest width that the teacher's family accepts.
+
+    Raises UserError for a width of zero, or more than the teacher's.
+    """
+    width, step = teacher_config.hidden_size, width_step(teacher_config)
+    if (config.hidden_size or 0) > width:
+        raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
+    wanted = config.hidden_size or config.ratio * width
+    if found := step * math.floor(wanted / step + 0.5):
+        return found
+    raise UserError(f"a width of {wanted:g} rounds to zero; the least for this teacher is {step}.")
 
 
 def initial_projections(method, names, width, narrow, channels, generator):
-    """Where the projections start: name -> (width, narrow) float32 (§5; the baselines: Table 7).
+    """Where the projections start: name -> (width, narrow) float32 (§5, §6).
 
     red, random-selection   the same selection matrix of `channels` for every name
     lrc                     N(0, std), one per name; std = 0.02 * sqrt(3072 / width), so that
                             P.T @ P has the mean diagonal it has at LRC's own width of 3,072 [ours]
     orthogonal              random orthonormal columns, one per name
-    shared-orthogonal       random orthonormal columns, the same for every name
+    shared-orthogonal       random orthonormal columns, the same for every name [ours]
     Raises ValueError for an unknown method.
     """
 
@@ -754,17 +776,15 @@ def initial_projections(method, names, width, narrow, channels, generator):
         return (q * r.diagonal().sign()).float()
 
     if method in ("red", "random-selection"):
-        shared = selection_matrix(channels, width)
-    elif method == "shared-orthogonal":
-        shared = orthonormal()
-    elif method == "orthogonal":
+        return dict.fromkeys(names, selection_matrix(channels, width))
+    if method == "shared-orthogonal":
+        return dict.fromkeys(names, orthonormal())
+    if method == "orthogonal":
         return {name: orthonormal() for name in names}
-    elif method == "lrc":
+    if method == "lrc":
         std = 0.02 * (3072 / width) ** 0.5
         return {name: std * torch.randn(width, narrow, generator=generator) for name in names}
-    else:
-        raise ValueError(f"unknown method {method!r}")
-    return {name: shared.clone() for name in names}
+    raise ValueError(f"unknown method {method!r}")
 
 
 def initial_gains(method, teacher, projections, channels, rescaling):
@@ -790,10 +810,10 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
     """A student of `hidden_size` at the start of training, by any of METHODS (§3, §5)."""
     generator = torch.Generator().manual_seed(seed)
     width = teacher.config.hidden_size
-    channels, rescaling = calibration.channels, calibration.rescaling
+    channels = calibration.channels
     if method == "random-selection":
         channels = torch.randperm(width, generator=generator)[:hidden_size].sort().values
-        rescaling = gain_rescaling(teacher, calibration.batches, channels)
+    rescaling = gain_rescaling(teacher, calibration.batches, channels)
     names = projected_matrices(teacher)
     projections = initial_projections(method, names, width, hidden_size, channels, generator)
     gains = initial_gains(method, teacher, projections, channels, rescaling)
@@ -821,9 +841,8 @@ def alignment_loss(student, teacher, projection=None, mask=None):
     target = teacher if projection is None else teacher @ projection.to(teacher.dtype)
     if mask is not None:
         student, target = student[mask], target[mask]
-    if student.dtype in (torch.bfloat16, torch.float16):
-        student, target = student.float(), target.float()
-    return torch.nn.functional.mse_loss(student, target)
+    precise = torch.promote_types(student.dtype, torch.float32)
+    return torch.nn.functional.mse_loss(student.to(precise), target.to(precise))
 
 
 CHUNK = 2**23  # logits that exist at a time, for the student and for the teacher
@@ -914,7 +933,7 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
     Returns the total loss and its terms, as detached scalars.
     """
     student.make_weights()
-    labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
+    labels = sum(int((real_labels(batch)[:, 1:] != -100).sum()) for batch in micro_batches)
     tokens = sum(int(real_tokens(batch).sum()) for batch in micro_batches)
     aligned = aligned_modules(teacher)
     totals = dict.fromkeys(("loss", "kl", "cross_entropy", "alignment"), 0.0)
@@ -937,7 +956,7 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
         likelihood, kl, cross_entropy = distillation_loss(
             student_hidden, student.model.lm_head.weight,
             teacher_hidden, teacher.lm_head.weight,
-            batch["labels"], temperature, labels,
+            real_labels(batch), temperature, labels,
         )  # fmt: skip
         alignment = torch.stack(terms).sum() * (real.sum() / tokens)
         loss = likelihood + alpha * alignment
@@ -954,7 +973,7 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
 
     stream: an iterator over batches, of which each step takes `grad_accum`. log: called after
     each step with a dict of step, loss terms, learning rate, gradient norm and seconds. Raises
-    FloatingPointError as soon as the loss is no longer finite.
+    FloatingPointError as soon as the loss is not finite, ValueError where the stream ends early.
     """
     optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, fused=True)
     warm_up = max(1, round(0.005 * steps))  # LRC: half a percent, then linear decay
@@ -967,6 +986,8 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
     for step in bar:
         started = time.perf_counter()
         micro_batches = list(itertools.islice(stream, grad_accum))
+        if len(micro_batches) < grad_accum:
+            raise ValueError(f"the stream of batches ended at step {step + 1}")
         losses = training_step(teacher, student, micro_batches, temperature, alpha, scales)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         if not torch.isfinite(losses["loss"] + norm):
@@ -996,6 +1017,7 @@ def evaluate(model, batches, rank_tokens=4096):
     Returns a dict: `loss` in nats per label, `perplexity`, and by block `erank` of the raw
     residual stream and `erank_normalised` of the stream with each token scaled to RMS 1 (a few
     massive activations rule the raw one on real teachers), both over at most `rank_tokens` tokens.
+    Raises FloatingPointError for a loss that is not finite.
     """
     total, count, states = 0.0, 0, {}
     blocks = [f"model.layers.{i}" for i in range(len(model.model.layers))]
@@ -1008,12 +1030,14 @@ def evaluate(model, batches, rank_tokens=4096):
     with torch.no_grad(), watch(model, blocks, see):
         for batch in tqdm(batches, desc="evaluate", leave=False):
             real = real_tokens(batch)
-            hidden, labels = last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
+            hidden, labels = last_hidden(model, batch)[:, :-1], real_labels(batch)[:, 1:]
             counts = labels != -100
             for h, target in zip(hidden[counts].split(512), labels[counts].split(512)):
                 total += F.cross_entropy(model.lm_head(h).float(), target, reduction="sum").item()
             count += int(counts.sum())
     loss = total / max(1, count)
+    if not math.isfinite(loss):
+        raise FloatingPointError("the held-out loss is not finite: try a lower learning rate")
     result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": count}
     rows = [torch.cat(states[name])[:rank_tokens].float() for name in blocks]
     result["erank"] = [effective_rank(h) for h in rows]
@@ -1032,6 +1056,7 @@ def singular_spread(student):
 
 def generate(model, tokenizer, prompts, new_tokens, stop=None):
     """Greedy continuations of a list of prompts, as text without special tokens."""
+    tokenizer = copy.deepcopy(tokenizer)  # the caller's own is exported as it came
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
@@ -1053,8 +1078,9 @@ def task_scores(config, tokenizer):
         return lambda model: chain_scores(model, tokenizer)
     problems = config.eval_data or "openai/gsm8k:main:test"
     shots = config.eval_shots_data or "openai/gsm8k:main:train"
-    problems = taken(open_documents(problems), config.eval_limit, problems)
-    shots = taken(open_documents(shots), 5, shots)
+    opened = open_documents(problems, "--eval-data"), open_documents(shots, "--eval-shots-data")
+    problems = list(itertools.islice(readable(opened[0], problems), config.eval_limit))
+    shots = list(itertools.islice(readable(opened[1], shots), 5))
     if not all({"question", "answer"} <= each.keys() for each in problems + shots):
         raise UserError("GSM8K data needs the fields `question` and `answer`.")
     return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
@@ -1063,10 +1089,9 @@ def task_scores(config, tokenizer):
 def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
     """GSM8K accuracy, scored as lm-evaluation-harness 0.4 scores its task `gsm8k` (§6).
 
-    problems, shots: lists of dicts of `question` and `answer`. Prompt, stop strings, 256 new
-    tokens, greedy decoding, and both extractions of the answer are the harness's; its shots are
-    drawn anew for each problem, ours are `shots` for all (its `first_n` sampler). Returns
-    `strict` and `flexible` accuracy, and `problems`: the answers, extractions and verdicts.
+    problems, shots: lists of dicts of `question` and `answer`; the same shots for all problems (the
+    harness's `first_n` sampler). Returns `strict` and `flexible`, the accuracies by its two ways to
+    read an answer, and `problems`: the answers, extractions and verdicts.
     """
     patterns = {"strict": r"#### (\-?[0-9\.\,]+)", "flexible": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
     stop = ["Question:", "</s>", "<|im_end|>"]
@@ -1185,29 +1210,28 @@ def chain_scores(model, tokenizer, problems=200):
 
 
 def tiny_values():
-    """The content of tiny_config.json, a dict; UserError where it is missing or broken."""
+    """The content of tiny_config.json, a dict; UserError where it is broken or makes no teacher."""
     try:
         values = json.loads(TINY_CONFIG.read_text())
-        return {"model_type": values["model_type"], **values}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = first_line(error)
-        raise UserError(f"{TINY_CONFIG.name} is missing or broken ({reason}).") from error
-
-
-def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
-    """Train the tiny world's teacher from random weights (values: those of tiny_config.json).
-
-    Returns a frozen causal language model. Raises UserError where the values do not fit.
-    """
-    try:
         config = AutoConfig.for_model(**values)
         if config.model_type not in FAMILIES or config.vocab_size != len(TINY_ALPHABET):
             size, families = len(TINY_ALPHABET), ", ".join(FAMILIES)
             raise ValueError(f"vocab_size must be {size}, and model_type one of {families}")
-        torch.manual_seed(seed)
-        teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers has its own class for each mismatch
         raise UserError(f"{TINY_CONFIG.name} makes no teacher ({first_line(error)}).") from error
+    return values
+
+
+def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
+    """Train the tiny world's teacher, a frozen causal language model, from random weights.
+
+    values: those of tiny_config.json.
+    """
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(**values)
+    teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     stream = tiny_batches(16, 48, seed, device)  # 48 characters hold any one line
@@ -1282,10 +1306,11 @@ def replacing(folder):
 
 def claim(folder, settings, overwrite):
     """Whether `folder` holds a finished run of these settings; UserError where it is not free."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; name a folder.")
-    if not folder.exists() or set(os.listdir(folder)) <= {"teacher", "teacher.partial"}:
-        return False  # new, or broken off after the tiny world's teacher
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {folder} cannot be made: {there} is a file, or not yours to write.")
+    if not folder.exists() or all((each / "teacher.json").is_file() for each in folder.iterdir()):
+        return False  # new, empty, or broken off after the tiny world's teacher
     try:
         stored = json.loads((folder / "settings.json").read_text())
         if stored["program"] != "red.py":
@@ -1302,12 +1327,12 @@ def claim(folder, settings, overwrite):
 
 
 def prepare(folder, settings):
-    """Make the folder ours, and rid it of an earlier run's results."""
+    """Rid the folder of an earlier run's results, and then, not before, call it a run of these."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", settings)
-    for name in ("metrics.jsonl", "summary.json", "selection.json", "gsm8k.jsonl"):
+    for name in ("summary.json", "metrics.jsonl", "selection.json", "gsm8k.jsonl"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "student", ignore_errors=True)
+    write_json(folder / "settings.json", settings)
 
 
 def model_card(task, hidden_size, method, tokens):
@@ -1336,14 +1361,13 @@ def set_up(config, device, dtype, folders):
     """The Task and the Calibration of a run, and what it will do, said before it is done."""
     if config.model:
         teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
+        hidden_size = student_width(config, teacher.config)
         task = text_task(config, teacher, tokenizer, device)
     else:
+        hidden_size = student_width(config, AutoConfig.for_model(**tiny_values()))
         task = tiny_task(config, device, dtype, Path(config.out) / "teacher")
     teacher = task.teacher
     width, kind = teacher.config.hidden_size, teacher.config.model_type
-    if (config.hidden_size or 0) > width:
-        raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
-    hidden_size = nearest_width(teacher.config, config.hidden_size or config.ratio * width)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
     large, small = teacher.num_parameters(), student.num_parameters()
@@ -1356,7 +1380,8 @@ def set_up(config, device, dtype, folders):
     aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
     memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24
     total = config.steps * config.grad_accum * tokens
-    asked = config.hidden_size or f"a ratio of {config.ratio:g}"
+    step = width_step(teacher.config)
+    asked = f"{config.hidden_size or config.ratio}, in steps of {step}"
     say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
     say("student", f"width {hidden_size} (asked: {asked}), {small:,} parameters, {learn:,} learn")
     say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
@@ -1379,7 +1404,6 @@ def train_student(config, task, calibration, own, folder):
         for name in ("channels", "importance"):
             selection[name] = getattr(calibration, name).tolist()
         write_json(folder / "selection.json", selection)
-    student.make_weights()
     initial = evaluate(student.model, task.held_out)
     with open(folder / "metrics.jsonl", "w", buffering=1) as metrics:
         distill(
@@ -1406,7 +1430,7 @@ def train_student(config, task, calibration, own, folder):
 
 
 def table(rows):
-    """Summaries (label -> dict) as lines of text: one for the teacher, one for each student."""
+    """Summaries (label -> dict) as text: eRank N is the raw stream's after block N (of the width)."""
 
     def cells(row):
         yield "parameters", f"{row['parameters'] / 1e6:,.2f}M"
@@ -1416,10 +1440,11 @@ def table(rows):
                 yield key, f"{row[key]:.0%}"
         for steps, score in zip(TINY_STEPS, row.get("chains", ())):
             yield f"{steps} step{'s' * (steps > 1)}", f"{score:.0%}"
-        yield "spread", f"{row.get('singular_spread', 0):.2f}"
-        shown = row["erank"][:: math.ceil(len(row["erank"]) / 6)]
-        ranks = [f"{rank:.0f} ({rank / row['hidden_size']:.0%})" for rank in shown]
-        yield "eRank after each block (share of width)", "  ".join(ranks)
+        yield "spread", f"{row['singular_spread']:.2f}" if "singular_spread" in row else "-"
+        last = len(row["erank"])
+        for block in sorted({max(1, round(last * part / 6)) for part in range(1, 7)}):
+            rank = row["erank"][block - 1]
+            yield f"eRank {block}", f"{rank:.0f} ({rank / row['hidden_size']:.0%})"
 
     lines = [["", *(title for title, _ in cells(next(iter(rows.values()))))]]
     lines += [[label, *(text for _, text in cells(row))] for label, row in rows.items()]
@@ -1459,6 +1484,8 @@ def run(config):
         for label, (folder, own) in runs.items():
             if label not in done:
                 prepare(folder, own)
+        for label, (folder, own) in runs.items():
+            if label not in done:
                 row = train_student(config, task, calibration, own, folder)
                 done[label] = row | {"teacher": teacher}
                 write_json(folder / "summary.json", done[label])
@@ -1488,6 +1515,9 @@ def main(arguments=None):
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"red.py: {first_line(error)}; what was finished is kept.", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print("red.py: out of memory; try a smaller --batch-size or --seq-len.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -171,8 +171,13 @@ def test_a_student_of_wrong_shapes_is_refused():
 
 def test_nearest_width_obeys_the_family():
     llama, mistral = make_teacher().config, make_teacher("mistral").config
-    assert red.nearest_width(llama, 15.2) == 16 and red.nearest_width(llama, 1) == 4
-    assert red.nearest_width(mistral, 15.2) == 15
+    for teacher_config, wanted, given in ((llama, 15, 16), (llama, 14, 16), (mistral, 15, 15)):
+        config = red.Config(hidden_size=wanted)
+        assert red.student_width(config, teacher_config) == given
+    assert red.student_width(red.Config(ratio=0.5), llama) == 16
+    for wrong in (red.Config(hidden_size=33), red.Config(ratio=0.01), red.Config(hidden_size=1)):
+        with pytest.raises(red.UserError):
+            red.student_width(wrong, llama)
     with pytest.raises(ValueError):
         red.student_config(llama, 15)
 
@@ -589,7 +594,7 @@ def test_gsm8k_is_scored_like_the_harness(monkeypatch):
 
 # Pieces to copy ---------------------------------------------------------------------------------
 
-CORE = """effective_rank watch last_hidden real_tokens token_means stream_norms channel_importance select_channels
+CORE = """effective_rank watch last_hidden real_tokens real_labels token_means stream_norms channel_importance select_channels
 selection_matrix gain_rescaling mean_squares aligned_modules READERS WRITERS projected_matrices
 feeding_norm ProjectedStudent initial_projections initial_gains alignment_loss
 CHUNK ChunkedDistillation distillation_loss training_step""".split()
