@@ -141,7 +141,7 @@ def check(config):
     if config.ratio is None and config.hidden_size is None:
         config.ratio = 0.5
     if len(config.temperature) == 1:
-        config.temperature = config.temperature * len(config.methods)
+        config.temperature *= len(config.methods)
     for name, least in LEAST.items():
         value = getattr(config, name)
         if value is not None and not least <= value < 2**63:
@@ -244,16 +244,14 @@ def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
             "damaged, so fetch them again."
         ) from error
     # A file may hold two different matrices where its config calls them tied: believe the file.
-    tied = teacher.lm_head.weight is teacher.model.embed_tokens.weight
-    teacher.config.tie_word_embeddings = tied
+    teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
     return teacher.to(device).eval().requires_grad_(False), tokenizer
 
 
 def open_documents(source, flag="--data"):
     """What a flag names -> a streaming datasets.IterableDataset. UserError where it cannot be read.
 
-    A path that exists, or ends like a local file, is local; anything else is a hub dataset as
-    `name`, `name:config` or `name:config:split`.
+    Local where it exists or ends like a file; else of the hub, as name[:config[:split]].
     """
     import datasets  # here, because it takes seconds to import and the tiny world needs none of it
 
@@ -339,8 +337,7 @@ def text_task(config, teacher, tokenizer, device):
 
     Held out are the first 200 documents, or a tenth of a smaller source (more, where that is less
     than one sequence), of which at most 32 sequences are measured. Calibration uses the first
-    training sequences unless it has data of its own. Raises UserError for data that cannot be
-    read, or is shorter than what a run needs.
+    training sequences unless it has data of its own. UserError: data unreadable, or too short.
     """
 
     def rows(documents, source, wanted=None):
@@ -503,8 +500,7 @@ def channel_importance(model, batches, statistic="norm-output"):
       norm-output        mean absolute output of the norm layer, its gain included
       normalised-stream  root mean square of the stream, each token scaled to RMS 1, without gain
       variance           variance over tokens of the norm layer's output
-    Raises ValueError for an unknown statistic or no tokens, and FloatingPointError for
-    activations that are not finite.
+    ValueError: unknown statistic, or no tokens. FloatingPointError: activations not finite.
     """
     measures = {
         "norm-output": lambda stream, normed: normed.abs(),
@@ -649,12 +645,9 @@ class ProjectedStudent:
         if {name: tuple(t.shape) for name, t in {**projections, **gains}.items()} != expected:
             raise ValueError("projections or gains are missing or of the wrong shape")
         precise = torch.promote_types(embedding.dtype, torch.float32)
-
-        def trainable(tensor):
-            return torch.nn.Parameter(tensor.to(embedding.device, precise, copy=True))
-
-        self.projections = {name: trainable(tensor) for name, tensor in projections.items()}
-        self.gains = {name: trainable(tensor) for name, tensor in gains.items()}
+        new, where = torch.nn.Parameter, {"device": embedding.device, "dtype": precise}
+        self.projections = {n: new(t.to(**where, copy=True)) for n, t in projections.items()}
+        self.gains = {n: new(t.to(**where, copy=True)) for n, t in gains.items()}
         self.frozen = {name: weight.detach() for name, weight in teacher.named_parameters()}
         # Rotary tables live in head space, the same in both, and in no state dict: share them.
         model.model.rotary_emb = teacher.model.rotary_emb
@@ -725,15 +718,12 @@ class ProjectedStudent:
 
 
 def width_step(teacher_config):
-    """What a width must be a multiple of: for a Llama its heads, as transformers now insists."""
+    """What a width must be a multiple of: for a Llama its heads, as transformers 5 insists."""
     return teacher_config.num_attention_heads if teacher_config.model_type == "llama" else 1
 
 
 def student_config(teacher_config, hidden_size):
-    """The teacher's config at another width: `head_dim` pinned, no trace of quantisation.
-
-    Raises ValueError for a width that the family does not accept (see `width_step`).
-    """
+    """The teacher's config, `head_dim` pinned, at another width (ValueError: no `width_step`)."""
     if hidden_size % width_step(teacher_config):
         raise ValueError(f"width {hidden_size} is no multiple of {width_step(teacher_config)}")
     values = teacher_config.to_dict()
@@ -746,10 +736,7 @@ def student_config(teacher_config, hidden_size):
 
 
 def student_width(config, teacher_config):
-    """--ratio or --hidden-size -> the nearest width that the teacher's family accepts.
-
-    Raises UserError for a width of zero, or more than the teacher's.
-    """
+    """--ratio or --hidden-size -> the nearest accepted width. UserError: zero, or too wide."""
     width, step = teacher_config.hidden_size, width_step(teacher_config)
     if (config.hidden_size or 0) > width:
         raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
@@ -864,20 +851,13 @@ class ChunkedDistillation(torch.autograd.Function):
             logits_t = (teacher_hidden[i : i + rows] @ teacher_head.T).to(precise)
             log_q1 = torch.log_softmax(logits, -1)
             cross_entropy -= log_q1.gather(1, target).sum()
-            if temperature == 1:
-                log_q = log_q1
-            else:
-                log_q = torch.log_softmax(logits / temperature, -1)
-                logits_t /= temperature
-            log_p = torch.log_softmax(logits_t, -1)
+            log_q = torch.log_softmax(logits.div_(temperature), -1)
+            log_p = torch.log_softmax(logits_t.div_(temperature), -1)
             p = log_p.exp()
             kl += temperature**2 * torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
-            # d/dlogits of KL is T (q - p), of cross-entropy q1 - onehot(target). Whole passes over
-            # the logits are what costs here, so: as few as can be, and the sign at the end.
-            if temperature == 1:
-                descent = p.sub_(log_q.exp_(), alpha=2)
-            else:
-                descent = p.sub_(log_q.exp_()).mul_(temperature).sub_(log_q1.exp_())
+            # d/dlogits of KL is T (q - p), of cross-entropy q1 - onehot(target): in place, because
+            # each pass over the logits costs, and with the sign at the end.
+            descent = p.sub_(log_q.exp_()).mul_(temperature).sub_(log_q1.exp_())
             descent.scatter_add_(1, target, descent.new_ones(target.shape))
             descent = descent.to(hidden.dtype)
             torch.mm(descent, head, out=grad_hidden[i : i + rows])
@@ -910,14 +890,10 @@ def distillation_loss(
         raise ValueError(f"temperature must be positive, got {temperature}")
     counts = labels[:, 1:] != -100
     return ChunkedDistillation.apply(
-        student_hidden[:, :-1][counts],
-        student_head,
-        teacher_hidden[:, :-1][counts].detach(),
-        teacher_head.detach(),
-        labels[:, 1:][counts],
-        temperature,
-        max(1, int(counts.sum()) if count is None else count),
-    )
+        student_hidden[:, :-1][counts], student_head,
+        teacher_hidden[:, :-1][counts].detach(), teacher_head.detach(),
+        labels[:, 1:][counts], temperature, max(1, int(counts.sum()) if count is None else count),
+    )  # fmt: skip
 
 
 # ==== Distillation (App. F.1) =================================================================
@@ -997,7 +973,7 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         optimizer.zero_grad()
         record = {"step": step + 1} | {name: float(value) for name, value in losses.items()}
         record |= {"learning_rate": schedule.get_last_lr()[0], "gradient_norm": float(norm)}
-        record |= {"seconds": time.perf_counter() - started}
+        record["seconds"] = time.perf_counter() - started
         schedule.step()
         bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if log:
@@ -1014,10 +990,9 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
 def evaluate(model, batches, rank_tokens=4096):
     """Held-out loss and the effective rank of each block's output (§4, §6).
 
-    Returns a dict: `loss` in nats per label, `perplexity`, and by block `erank` of the raw
-    residual stream and `erank_normalised` of the stream with each token scaled to RMS 1 (a few
-    massive activations rule the raw one on real teachers), both over at most `rank_tokens` tokens.
-    Raises FloatingPointError for a loss that is not finite.
+    Returns a dict: `loss` in nats per label, `perplexity`, and by block, over `rank_tokens` tokens
+    at most, `erank` of the raw stream and `erank_normalised` of the stream with each token scaled
+    to RMS 1 (massive activations rule the raw one). FloatingPointError: the loss is not finite.
     """
     total, count, states = 0.0, 0, {}
     blocks = [f"model.layers.{i}" for i in range(len(model.model.layers))]
@@ -1038,11 +1013,12 @@ def evaluate(model, batches, rank_tokens=4096):
     loss = total / max(1, count)
     if not math.isfinite(loss):
         raise FloatingPointError("the held-out loss is not finite: try a lower learning rate")
-    result = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": count}
     rows = [torch.cat(states[name])[:rank_tokens].float() for name in blocks]
-    result["erank"] = [effective_rank(h) for h in rows]
-    result["erank_normalised"] = [effective_rank(F.normalize(h, dim=-1)) for h in rows]
-    return result
+    return {
+        "loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": count,
+        "erank": [effective_rank(h) for h in rows],
+        "erank_normalised": [effective_rank(F.normalize(h, dim=-1)) for h in rows],
+    }  # fmt: skip
 
 
 def singular_spread(student):
@@ -1064,8 +1040,8 @@ def generate(model, tokenizer, prompts, new_tokens, stop=None):
         **batch, max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None,
         top_k=None, pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer,
     )  # fmt: skip
-    continuation = output[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(continuation, skip_special_tokens=True)
+    prompt = batch["input_ids"].shape[1]
+    return tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
 
 
 def task_scores(config, tokenizer):
@@ -1076,11 +1052,12 @@ def task_scores(config, tokenizer):
         if set(TINY_ALPHABET) - set(tokenizer.get_vocab()):
             raise UserError("--eval chains needs a teacher of the tiny world, such as OUT/teacher.")
         return lambda model: chain_scores(model, tokenizer)
+    def first(source, flag, count):
+        return list(itertools.islice(readable(open_documents(source, flag), source), count))
+
     problems = config.eval_data or "openai/gsm8k:main:test"
-    shots = config.eval_shots_data or "openai/gsm8k:main:train"
-    opened = open_documents(problems, "--eval-data"), open_documents(shots, "--eval-shots-data")
-    problems = list(itertools.islice(readable(opened[0], problems), config.eval_limit))
-    shots = list(itertools.islice(readable(opened[1], shots), 5))
+    problems = first(problems, "--eval-data", config.eval_limit)
+    shots = first(config.eval_shots_data or "openai/gsm8k:main:train", "--eval-shots-data", 5)
     if not all({"question", "answer"} <= each.keys() for each in problems + shots):
         raise UserError("GSM8K data needs the fields `question` and `answer`.")
     return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
@@ -1225,10 +1202,7 @@ def tiny_values():
 
 
 def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
-    """Train the tiny world's teacher, a frozen causal language model, from random weights.
-
-    values: those of tiny_config.json.
-    """
+    """Train the tiny world's teacher, a frozen model, from random weights; values: its config's."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(**values)
     teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
@@ -1252,9 +1226,8 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
 
 def tiny_task(config, device, dtype, folder):
     """The Task of the tiny world. Its teacher is kept in `folder`, and reused where it fits."""
-    values = tiny_values()
+    values, note = tiny_values(), folder / "teacher.json"
     identity = {"config": values, "seed": config.seed, "steps": TINY_TEACHER_STEPS}
-    note = folder / "teacher.json"
     if note.is_file() and json.loads(note.read_text()) == identity:
         say("teacher", f"reused from {folder}")
         teacher, tokenizer = load_teacher(str(folder), device=device)  # always trained in float32
@@ -1348,12 +1321,11 @@ library_name: transformers
 license: {licence or "other"}
 ---
 
-# {task.name}, compressed to hidden width {hidden_size}
+# {task.name}, compressed from hidden width {task.teacher.config.hidden_size} to {hidden_size}
 
-A student of {task.name} (hidden width {task.teacher.config.hidden_size}), distilled with
-projections around its frozen weights: method `{method}`, {tokens:,} tokens of {task.data}.
-The projections are merged, so it loads with plain transformers. The teacher's licence
-({licence or "not known; see the teacher's own page"}) applies to it.
+Distilled with projections around the teacher's frozen weights (method `{method}`) on {tokens:,}
+tokens of {task.data}, and merged: it loads with plain transformers. The teacher's licence,
+{licence or "which its own page names"}, applies to it.
 """
 
 
@@ -1430,7 +1402,7 @@ def train_student(config, task, calibration, own, folder):
 
 
 def table(rows):
-    """Summaries (label -> dict) as text: eRank N is the raw stream's after block N (of the width)."""
+    """Summaries (label -> dict) as text. eRank N: of the raw stream after block N (of width)."""
 
     def cells(row):
         yield "parameters", f"{row['parameters'] / 1e6:,.2f}M"

@@ -844,3 +844,112 @@ def test_the_program_itself_exits_with_2_and_no_traceback(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ended.returncode == 2 and ended.stdout == ""
     assert ended.stderr == "red.py: --ratio must lie in (0, 1], got 7.\n"
+
+
+# What a careful reader found ----------------------------------------------------------------------
+
+
+def test_padding_counts_in_no_loss_even_where_it_is_labelled():
+    teacher = make_teacher()
+    results = []
+    for filler in (5, 6):
+        batch = make_batch()
+        batch["attention_mask"] = torch.ones(3, 12, dtype=torch.long)
+        batch["attention_mask"][:, 8:] = 0
+        batch["input_ids"][:, 8:] = filler
+        batch["labels"] = batch["input_ids"].clone()
+        student, _ = make_student(teacher)
+        totals = red.training_step(teacher, student, [batch])
+        results.append([*map(float, totals.values()), red.evaluate(teacher, [batch])["loss"]])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_a_stream_that_ends_early_is_no_training():
+    teacher = make_teacher()
+    student, _ = make_student(teacher)
+    with pytest.raises(ValueError, match="ended"):
+        red.distill(teacher, student, iter([make_batch()]), 3, 1e-3)
+
+
+def edit_weights(folder, change):
+    """Rewrite a checkpoint's tensors by `change`, a function of the dict of them."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_checkpoint_without_one_matrix_is_refused(real, tmp_path, capsys):
+    for path in (real / "teacher").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edit_weights(tmp_path, lambda w: w.pop("model.layers.1.mlp.down_proj.weight"))
+    words = ["--model", str(tmp_path), "--data", f"{real}/data.txt"]
+    assert red.main(words) == 2
+    assert "down_proj" in capsys.readouterr().err
+
+
+def test_a_file_with_two_matrices_is_not_tied_whatever_its_config_says(real, tmp_path):
+    for path in (real / "teacher").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    teacher, _ = red.load_teacher(str(tmp_path))
+    batch = make_batch()
+    batch["input_ids"] %= 45
+    batches = [{"input_ids": batch["input_ids"]}] * 2
+    student = red.new_student("red", teacher, 96, red.calibrate(teacher, batches, 96))
+    torch.testing.assert_close(logits(student.model, batch), logits(teacher, batch))
+
+
+def task_of(real, *words):
+    config = red.parse_arguments(["--model", f"{real}/teacher", *words])
+    return red.text_task(config, *red.load_teacher(config.model), "cpu")
+
+
+def test_held_out_calibration_and_training_text(real):
+    """Calibration on the training data itself never sees the held-out part; batches are full."""
+    data = f"{real}/data.jsonl"
+    words = ["--data", data, "--calibration-data", data, "--seq-len", "64", "--batch-size", "7"]
+    task = task_of(real, *words)
+    assert task.calibration and task.held_out
+    held_out = {tuple(row) for batch in task.held_out for row in batch["input_ids"].tolist()}
+    calibration = {tuple(row) for batch in task.calibration for row in batch["input_ids"].tolist()}
+    assert not held_out & calibration
+    batches = [batch["input_ids"] for _, batch in zip(range(80), task.stream())]  # over an epoch
+    assert {batch.shape for batch in batches} == {(7, 64)}
+    again = [batch["input_ids"] for _, batch in zip(range(80), task.stream())]
+    assert all(torch.equal(*pair) for pair in zip(batches, again))
+
+
+def test_data_that_breaks_halfway_gets_one_sentence(real, tmp_path):
+    class Breaks:
+        def __iter__(self):
+            yield {"text": "1+1"}
+            raise ConnectionError("the hub went away\nwith a long story")
+
+    with pytest.raises(red.UserError, match="the hub went away"):
+        list(red.readable(Breaks(), "somewhere"))
+
+
+def test_a_strangers_teacher_folder_is_never_touched(tmp_path, capsys):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/precious.txt").write_text("mine")
+    assert red.main(["--out", str(tmp_path), "--overwrite"]) == 2
+    assert (tmp_path / "teacher/precious.txt").read_text() == "mine"
+    assert red.main(["--out", str(tmp_path / "teacher/precious.txt/below")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_an_interrupted_overwrite_never_passes_for_finished(tmp_path, monkeypatch):
+    red.prepare(tmp_path, {"program": "red.py", "seed": 0})
+    (tmp_path / "summary.json").write_text("{}")
+    monkeypatch.setattr(red, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        red.prepare(tmp_path, {"program": "red.py", "seed": 1})
+    assert not red.claim(tmp_path, {"program": "red.py", "seed": 0}, False)
+
+
+def test_temperature_alone_compares_the_two_methods():
+    config = red.parse_arguments(["--temperature", "2"])
+    assert config.methods == ["red", "lrc"] and config.temperature == [2, 2]
