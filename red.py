@@ -576,7 +576,7 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
     the choice can be trusted (App. G.2): `overlap` is the share on which the halves agree, and two
     random sets would agree on hidden_size / d_t.
     """
-    shown = functools.partial(tqdm, desc="calibrate", leave=False)
+    shown = functools.partial(tqdm, desc="calibrate", leave=False, delay=2)
     importance = channel_importance(teacher, shown(batches), statistic)
     channels = select_channels(importance, hidden_size)
     middle = len(batches) // 2
@@ -1003,7 +1003,7 @@ def evaluate(model, batches, rank_tokens=4096):
             seen.append(after[real])
 
     with torch.no_grad(), watch(model, blocks, see):
-        for batch in tqdm(batches, desc="evaluate", leave=False):
+        for batch in tqdm(batches, desc="evaluate", leave=False, delay=2):
             real = real_tokens(batch)
             hidden, labels = last_hidden(model, batch)[:, :-1], real_labels(batch)[:, 1:]
             counts = labels != -100
@@ -1083,7 +1083,7 @@ def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
 
     before = "".join(f"{ask(shot)} {shot['answer']}\n\n" for shot in shots)
     verdicts = []
-    for i in tqdm(range(0, len(problems), batch_size), desc="gsm8k", leave=False):
+    for i in tqdm(range(0, len(problems), batch_size), desc="gsm8k", leave=False, delay=2):
         chosen = problems[i : i + batch_size]
         answers = generate(model, tokenizer, [before + ask(each) for each in chosen], 256, stop)
         for problem, answer in zip(chosen, answers):
@@ -1352,8 +1352,7 @@ def set_up(config, device, dtype, folders):
     aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
     memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24
     total = config.steps * config.grad_accum * tokens
-    step = width_step(teacher.config)
-    asked = f"{config.hidden_size or config.ratio}, in steps of {step}"
+    asked = f"{config.hidden_size or config.ratio}, in steps of {width_step(teacher.config)}"
     say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
     say("student", f"width {hidden_size} (asked: {asked}), {small:,} parameters, {learn:,} learn")
     say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
@@ -1479,6 +1478,7 @@ def run(config):
 def main(arguments=None):
     """Run one command line (a list of words; None: sys.argv) and return its exit code."""
     transformers.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would report each retry
     transformers.logging.disable_progress_bar()
     try:
         run(parse_arguments(arguments))
