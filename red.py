@@ -1347,10 +1347,10 @@ def set_up(config, device, dtype, folders):
     learn += len(stream_norms(teacher)) * hidden_size
     tokens = config.batch_size * config.seq_len
     # Teacher, made weights and their gradients; for what trains the value, gradient and Adam's two
-    # moments; the activations that are aligned, thrice; and some chunks of logits.
+    # moments; the aligned activations, thrice; chunks of logits; Python and its libraries.
     memory = teacher.dtype.itemsize * (large + 2 * small) + 16 * learn
     aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
-    memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24
+    memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24 + 0.7 * 2**30
     total = config.steps * config.grad_accum * tokens
     asked = f"{config.hidden_size or config.ratio}, in steps of {width_step(teacher.config)}"
     say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
