@@ -406,7 +406,7 @@ def effective_rank(hidden):
 
 
 class watch:
-    """While open, `see(name, inputs, output)` is called whenever one of the named modules runs.
+    """While open, `see(name, input, output)` is called whenever one of the named modules runs.
 
     The one way in which this file looks inside a model: calibration, alignment and effective rank
     all use it, for any nn.Module. `names` are those of `model.named_modules()`.
@@ -552,6 +552,7 @@ def gain_rescaling(model, batches, channels):
     A student that keeps some channels divides them by their own RMS where the teacher divided by
     that of all; this ratio on its gains makes up for it. Returns name -> float, 1.0 at full width.
     """
+
     def ratio(stream, normed):
         return (stream[:, channels].square().mean(-1) / stream.square().mean(-1)).sqrt()
 
@@ -758,8 +759,7 @@ def initial_projections(method, names, width, narrow, channels, generator):
     """
 
     def orthonormal():  # uniform over all such matrices
-        normal = torch.randn(width, narrow, generator=generator, dtype=torch.float64)
-        q, r = torch.linalg.qr(normal)
+        q, r = torch.linalg.qr(torch.randn(width, narrow, generator=generator).double())
         return (q * r.diagonal().sign()).float()
 
     if method in ("red", "random-selection"):
@@ -952,7 +952,7 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
     FloatingPointError as soon as the loss is not finite, ValueError where the stream ends early.
     """
     optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, fused=True)
-    warm_up = max(1, round(0.005 * steps))  # LRC: half a percent, then linear decay
+    warm_up = max(1, round(0.005 * steps))  # LRC: half a percent, under a linear decay
 
     def rate(step):
         return min(1.0, (step + 1) / warm_up) * (steps - step) / max(1, steps)
@@ -1052,6 +1052,7 @@ def task_scores(config, tokenizer):
         if set(TINY_ALPHABET) - set(tokenizer.get_vocab()):
             raise UserError("--eval chains needs a teacher of the tiny world, such as OUT/teacher.")
         return lambda model: chain_scores(model, tokenizer)
+
     def first(source, flag, count):
         return list(itertools.islice(readable(open_documents(source, flag), source), count))
 
@@ -1102,15 +1103,15 @@ def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
 
 
 # ==== The tiny world ==========================================================================
-# A world small enough to train a teacher in about a minute, with the paper's contrast in it: lines
+# A world small enough to train a teacher in half a minute, with the paper's contrast in it: lines
 # of arithmetic modulo 10 that need a chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60
 # fixed pairs that need none (recall), `abcd:wxyz`. Characters are tokens; only answers are labels.
 
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
 TINY_PAIRS = [
-    ["".join(random.Random(2 * i + side).choices(TINY_ALPHABET[18:44], k=4)) for side in (0, 1)]
-    for i in range(60)
-]
+    ["".join(random.Random(2 * i + side).choices(TINY_ALPHABET[18:44], k=4) + [":\n"[side]])
+     for side in (0, 1)] for i in range(60)
+]  # fmt: skip
 TINY_STEPS = (1, 2, 3, 4, 5)
 TINY_TEACHER_STEPS = 1500
 
@@ -1138,7 +1139,6 @@ def tiny_batches(batch_size, seq_len, seed, device):
             while len(row) < seq_len:
                 if generator.random() < 0.25:
                     prompt, answer = generator.choice(TINY_PAIRS)
-                    prompt, answer = prompt + ":", answer + "\n"
                 else:
                     prompt, answer = arithmetic_problem(generator.choice(TINY_STEPS), generator)
                 answer = [index[character] for character in answer]
@@ -1170,9 +1170,8 @@ def chain_scores(model, tokenizer, problems=200):
     `problems` problems each; `example` is the model's answer to one problem of the longest kind.
     """
     generator = random.Random(12345)  # the same problems for every model, whatever the run's seed
-    prompts = [left + ":" for left, _ in TINY_PAIRS]
-    answers = generate(model, tokenizer, prompts, 5)
-    right = [answer.strip() == pair[1] for answer, pair in zip(answers, TINY_PAIRS)]
+    answers = generate(model, tokenizer, [prompt for prompt, _ in TINY_PAIRS], 5)
+    right = [answer.strip() == pair[1].strip() for answer, pair in zip(answers, TINY_PAIRS)]
     scores = {"recall": sum(right) / len(right), "chains": []}
     for steps in TINY_STEPS:
         asked = [arithmetic_problem(steps, generator) for _ in range(problems)]
@@ -1253,6 +1252,7 @@ def tiny_task(config, device, dtype, folder):
 # A run is one or more students of the same teacher, width, data, steps, loss and optimiser, which
 # differ in how their projections start. Each has a folder of its own, written so that what is
 # finished is reused, what is not is done again, and nothing of anyone else is touched.
+
 
 def say(what, text):
     """One line of the announcement or of progress."""

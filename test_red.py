@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -786,9 +787,7 @@ def bad_inputs():
 def bad(tmp_path_factory, real):
     folder = tmp_path_factory.mktemp("bad")
     for name in ("teacher", "truncated", "weightless", "words"):
-        (folder / name).mkdir()
-        for path in (real / "teacher").iterdir():
-            (folder / name / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(real / "teacher", folder / name)
     weights = folder / "truncated/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "weightless/model.safetensors").unlink()
@@ -881,8 +880,7 @@ def edit_weights(folder, change):
 
 
 def test_a_checkpoint_without_one_matrix_is_refused(real, tmp_path, capsys):
-    for path in (real / "teacher").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(real / "teacher", tmp_path, dirs_exist_ok=True)
     edit_weights(tmp_path, lambda w: w.pop("model.layers.1.mlp.down_proj.weight"))
     words = ["--model", str(tmp_path), "--data", f"{real}/data.txt"]
     assert red.main(words) == 2
@@ -890,8 +888,7 @@ def test_a_checkpoint_without_one_matrix_is_refused(real, tmp_path, capsys):
 
 
 def test_a_file_with_two_matrices_is_not_tied_whatever_its_config_says(real, tmp_path):
-    for path in (real / "teacher").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(real / "teacher", tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     teacher, _ = red.load_teacher(str(tmp_path))
