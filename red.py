@@ -3,74 +3,71 @@
 He, Tang, Nie, Li, Yang, Du, Sun, Ma: "Reasoning-preserved Efficient Distillation of Large
 Language Models via Activation-aware Initialization", ICML 2026, arXiv 2605.29327.
 
-A Llama- or Qwen-like teacher is compressed to a smaller hidden width. The student's weights are
-the teacher's frozen weights seen through trainable projection matrices; RED starts each projection
-as the same channel-selection matrix, picked from the teacher's activations. The file follows the
-paper from top to bottom; a comment marked [ours] is our reading where the paper is silent to us.
+A Llama- or Qwen-like teacher is compressed to a smaller hidden width: the student's weights are
+the teacher's frozen ones seen through trainable projections, and RED starts each of these as the
+same channel-selection matrix, picked from the teacher's activations. The file follows the paper
+from top to bottom; a comment marked [ours] is our reading where the paper is silent to us.
 
     python red.py                                       the tiny world: everything, in minutes
-    python red.py --model Qwen/Qwen2-0.5B --ratio 0.5   a real teacher
+    python red.py --model Qwen/Qwen2-0.5B --ratio 0.5   a real teacher; torchrun for many GPUs
 """
 
-import argparse
-import contextlib
-import copy
-import dataclasses
-import functools
-import itertools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import sys
-import time
+import argparse, concurrent.futures, contextlib, copy, dataclasses, hashlib, itertools, json, math
+import multiprocessing, os, random, re, shutil, signal, statistics, sys, time, types
 from pathlib import Path
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 import huggingface_hub
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ==== Configuration ===========================================================================
-# Every choice of a run is one field of one dataclass, with its help text. The command line, the
-# announcement before a run and the settings stored beside its results all come from here.
+# Every choice of a run is one field of one dataclass, with its help text; from here come the
+# command line and the settings stored beside the results.
 
 METHODS = ("red", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
 STATISTICS = ("norm-output", "normalised-stream", "variance")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 
-# What a flag that was not given means: without --model (the tiny world), and with it.
-TINY_DEFAULTS = {
-    "methods": ["red", "lrc", "lrc"], "temperature": [1.0, 1.0, 40.0], "steps": 100,
-    "batch_size": 64, "seq_len": 48, "learning_rate": 3e-3, "eval": "chains", "out": "runs/tiny",
-}  # fmt: skip
-MODEL_DEFAULTS = {
-    "methods": ["red"], "temperature": [1.0], "steps": 1000, "batch_size": 8, "seq_len": 512,
-    "learning_rate": 3e-4, "eval": "none", "data": "HuggingFaceFW/fineweb-edu:sample-10BT",
-}  # fmt: skip
-LEAST = {
-    "hidden_size": 1, "calibration_samples": 2, "steps": 0, "batch_size": 1, "grad_accum": 1,
-    "seq_len": 2, "seed": 0, "eval_limit": 1, "alpha": 0,
-}  # fmt: skip
-
+# What a flag that was not given means: with the tiny world's lines, and with text.
+TINY_DEFAULTS = dict(
+    methods=["red", "lrc", "lrc"], temperature=[1.0, 1.0, 40.0], steps=100, batch_size=64,
+    seq_len=48, learning_rate=[3e-3], eval="chains", save_every=0, measure_every=10)
+MODEL_DEFAULTS = dict(
+    methods=["red"], temperature=[1.0], steps=1000, batch_size=8, seq_len=512,
+    learning_rate=[3e-4], eval="none", save_every=250, measure_every=250)
+LEAST = dict(
+    hidden_size=1, calibration_samples=2, steps=0, batch_size=1, grad_accum=1, seq_len=2, seed=0,
+    seeds=1, eval_limit=1, alpha=0, orthogonality=0, save_every=0, measure_every=0)
 
 class UserError(Exception):
     """Something the user can mend: one sentence for stderr, exit code 2, no traceback."""
 
+@contextlib.contextmanager
+def explained(sentence):
+    """What goes wrong inside is a UserError: `sentence`, with the error's first line for its {}."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(sentence.replace("{}", first_line(error))) from error
 
-def option(default, help, **words):
-    """One field of Config: its default, its help text, and further words for argparse."""
+def first_line(error):
+    """The first line of an exception's text (and the next, if it only leads to it)."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+
+def option(default, help, *choices):
+    """One field of Config: its default, its help text, and what it may be."""
     shown = "" if default is None or default is False else f" [{default}]"
-    words["help"] = (help + shown).replace("%", "%%")
+    words = {"help": help + shown, "choices": choices or None}
     return dataclasses.field(default=default, metadata=words)
-
 
 @dataclasses.dataclass
 class Config:
@@ -80,270 +77,249 @@ class Config:
     revision: str = option(None, "the hub revision of --model")
     ratio: float = option(None, "student width as a share of the teacher's, in (0, 1] [0.5]")
     hidden_size: int = option(None, "student width itself, instead of --ratio")
-    methods: list[str] = option(None, "how projections start [red lrc lrc | red]", choices=METHODS)
+    methods: list[str] = option(None, "how projections start [red lrc lrc | red]", *METHODS)
     data: str = option(None, ".txt, .jsonl, .parquet or hub NAME[:CONFIG[:SPLIT]] [FineWeb-Edu]")
     calibration_data: str = option(None, "calibration text, given like --data [the same data]")
     calibration_samples: int = option(15, "sequences to calibrate on")
-    importance: str = option("norm-output", "statistic that scores channels", choices=STATISTICS)
-    alignment: str = option(
-        "relative", "alignment as LRC has it, or over mean squares", choices=("plain", "relative")
-    )
+    importance: str = option("norm-output", "statistic that scores channels", *STATISTICS)
+    alignment: str = option("relative", "as LRC has it, or over mean squares", "plain", "relative")
     steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [100 | 1000]")
-    batch_size: int = option(None, "sequences per micro-batch [64 | 8]")
-    grad_accum: int = option(1, "micro-batches per optimiser step")
+    batch_size: int = option(None, "sequences per micro-batch and process [64 | 8]")
+    grad_accum: int = option(1, "micro-batches per optimiser step and process")
     seq_len: int = option(None, "tokens per sequence [48 | 512]")
-    learning_rate: float = option(None, "peak learning rate of Adam [3e-3 | 3e-4]")
+    learning_rate: list[float] = option(None, "Adam's peak: one, or one a method [3e-3 | 3e-4]")
     temperature: list[float] = option(None, "of the KL term: one, or one a method [1 1 40 | 1]")
     alpha: float = option(0.2, "weight of the alignment loss")
+    orthogonality: float = option(0.0, "weight of the penalty on |P.T @ P - I|^2, a baseline")
     seed: int = option(0, "seed of everything random")
+    seeds: int = option(1, "repeat all of it with so many seeds, counted from --seed")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option(
-        "auto", "auto: bfloat16 on cuda, else float32", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = option("auto", "bfloat16 on cuda, else float32", "auto", "float32", "bfloat16")
     out: str = option(None, "folder for the results [runs/tiny | runs/MODEL-WIDTH]")
     overwrite: bool = option(False, "replace an earlier run's results in --out")
-    eval: str = option(None, "task to measure [chains | none]", choices=("none", "chains", "gsm8k"))
+    save_every: int = option(None, "steps between checkpoints; 0: on a signal only [0 | 250]")
+    measure_every: int = option(None, "steps between measures of eRank; 0: none [10 | 250]")
+    eval: str = option(None, "task to measure [chains | none]", "none", "chains", "gsm8k")
     eval_data: str = option(None, "GSM8K problems, given like --data [openai/gsm8k:main:test]")
     eval_shots_data: str = option(None, "its first five are the shots [openai/gsm8k:main:train]")
     eval_limit: int = option(None, "measure only the first so many GSM8K problems")
-
+    eval_only: str = option(None, "train nothing, measure this checkpoint (beside --model's)")
+    benchmark: bool = option(False, "train nothing, time a step of --model against its floor")
+    benchmark_config: str = option(None, "the same, random weights of this config.json's shape")
 
 def parse_arguments(arguments=None):
     """Command line (list of words; None: sys.argv) -> Config. A mistake raises UserError."""
-
     def refuse(message):
-        raise UserError(f"{message}; python red.py --help lists every flag.")
-
+        raise ValueError(message)
     about = "RED: compress a language model's hidden width, keeping its reasoning."
-    style = argparse.HelpFormatter  # defaults that depend on --model are in the help texts
-    parser = transformers.HfArgumentParser(
-        Config, prog="red.py", description=about, formatter_class=style, allow_abbrev=False
-    )
+    words = {"prog": "red.py", "allow_abbrev": False, "formatter_class": argparse.HelpFormatter}
+    parser = transformers.HfArgumentParser(Config, description=about, **words)
     parser.error = refuse
-    config, *_, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        refuse(f"unknown argument {unknown[0]}")
+    with explained("{}; python red.py --help lists every flag."):
+        (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     check(config)
     return config
 
-
 def check(config):
     """Fill in what was not given and refuse what cannot be (UserError). Loads nothing."""
-    if config.methods is None and config.temperature and not config.model:
-        config.methods = ["red", "lrc"]
-    if config.methods is not None and config.temperature is None:
-        config.temperature = [1.0]
-    for name, value in (MODEL_DEFAULTS if config.model else TINY_DEFAULTS).items():
+    tiny = not (config.model or config.eval_only or config.benchmark_config)
+    lines = tiny or config.data is None and config.eval == "chains"
+    if config.methods or config.temperature:  # then the other one means this
+        config.methods = config.methods or (["red", "lrc"] if lines else ["red"])
+        config.temperature = config.temperature or [1.0]
+    for name in "data calibration_data revision eval_data eval_shots_data benchmark".split():
+        if tiny and getattr(config, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')} needs --model, the teacher to use.")
+    for name, value in (TINY_DEFAULTS if lines else MODEL_DEFAULTS).items():
         if getattr(config, name) is None:
             setattr(config, name, copy.copy(value))
-    if config.ratio is None and config.hidden_size is None:
-        config.ratio = 0.5
-    if len(config.temperature) == 1:
-        config.temperature *= len(config.methods)
+    if not lines and config.data is None:
+        config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
+    if config.hidden_size is None:
+        config.ratio = 0.5 if config.ratio is None else config.ratio
+    elif config.ratio is not None:
+        raise UserError("--ratio and --hidden-size say the same thing twice; give one of them.")
     for name, least in LEAST.items():
-        value = getattr(config, name)
+        flag, value = name.replace("_", "-"), getattr(config, name)
         if value is not None and not least <= value < 2**63:
-            flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be a number of at least {least}, got {value}.")
-    for value in (config.learning_rate, *config.temperature):
-        if not 0 < value < math.inf:
-            raise UserError(f"--learning-rate and --temperature must be positive, got {value:g}.")
+    for name in ("learning_rate", "temperature"):
+        flag, values, count = name.replace("_", "-"), getattr(config, name), len(config.methods)
+        if len(values) not in (1, count) or not all(0 < value < math.inf for value in values):
+            raise UserError(f"--{flag} takes one positive number, or one for all {count} methods.")
+        setattr(config, name, values * (count // len(values)))
     if config.ratio is not None and not 0 < config.ratio <= 1:
         raise UserError(f"--ratio must lie in (0, 1], got {config.ratio:g}.")
-    if None not in (config.ratio, config.hidden_size):
-        raise UserError("--ratio and --hidden-size say the same thing twice; give one of them.")
-    methods, temperatures = config.methods, config.temperature
-    if len(temperatures) != len(methods):
-        raise UserError(f"--temperature takes one value, or one for all {len(methods)} methods.")
-    if len(set(zip(methods, temperatures))) < len(methods):
+    if len(set(zip(config.methods, config.temperature))) < len(config.methods):
         raise UserError("--methods names the same method twice at one temperature; name it once.")
-    for name in ("data", "calibration_data", "revision", "eval_data", "eval_shots_data"):
-        if not config.model and getattr(config, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} needs --model, the teacher to use.")
-    if not config.model and config.eval == "gsm8k":
+    if tiny and config.eval == "gsm8k":
         raise UserError("--eval gsm8k needs --model: the tiny world knows only digits.")
     if config.out is None:
-        config.out = f"runs/{Path(config.model).name}-{config.hidden_size or config.ratio}"
+        name = f"{Path(config.model or '').name}-{config.hidden_size or config.ratio}"
+        name = f"eval-{Path(config.eval_only).name}" if config.eval_only else name
+        config.out = "runs/tiny" if tiny else f"runs/{name}"
 
+def rank_and_world():
+    """(number of this process, how many there are), as torchrun set them up; else (0, 1)."""
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
+
+def add_up(*tensors):
+    """Sum each tensor over all processes, in place."""
+    for tensor in tensors if rank_and_world()[1] > 1 else ():
+        torch.distributed.all_reduce(tensor)
+
+def gather(value=None):
+    """[every process's value]; also the point where all processes wait for each other."""
+    values = [value] * rank_and_world()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+def say(what, text):
+    """One line of the announcement or of progress, from the first process."""
+    if rank_and_world()[0] == 0:
+        tqdm.write(f"{what:<12} {text}")
+
+def shown(items, what, **words):
+    """The items behind a progress bar, which the first process shows if they take a while."""
+    hidden = rank_and_world()[0] > 0
+    return tqdm(items, desc=what, leave=False, disable=hidden, **{"delay": 2} | words)
 
 def resolve_device(config):
-    """--device and --dtype -> (torch.device, torch.dtype). A device not there: UserError."""
-    name = config.device
-    try:
-        if name == "auto":
-            name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    """--device and --dtype -> (torch.device, torch.dtype), and joins torchrun's processes."""
+    name, several = config.device, int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if name == "auto":
+        name = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+    name += f":{os.environ['LOCAL_RANK']}" if several and name == "cuda" else ""
+    with explained(f"there is no device {name!r} on this machine; --device cpu always works."):
         device = torch.empty(0, device=name).device
-        known = device.type in ("cpu", "cuda", "mps")
-    except (RuntimeError, AssertionError, ValueError):
-        known = False
-    if not known:
-        raise UserError(f"there is no device {name!r} on this machine; --device cpu always works.")
-    if config.dtype == "auto":
-        return device, torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, getattr(torch, config.dtype)
-
+        assert device.type in ("cpu", "cuda", "mps")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if several and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()
+    half = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
+    return device, torch.bfloat16 if half else torch.float32
 
 # ==== Teacher and data (App. F) ===============================================================
-# A frozen teacher of a supported family, and batches of packed tokens. A batch is a dict of
-# `input_ids` and `labels`, both (batch, tokens) and aligned as in transformers (the shift by one
-# is made inside the loss; -100 is ignored), and an `attention_mask` where there is padding.
-
-
-@dataclasses.dataclass
-class Task:
-    """What a distillation needs besides a method: the same for all methods that are compared."""
-
-    teacher: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
-    calibration: list  # batches of one sequence, for the channel statistics
-    held_out: list  # batches that training never sees
-    stream: object  # () -> a fresh, endless iterator over training batches, the same every time
-    measure: object  # model -> dict of task scores
-    name: str = "the tiny world"  # of the teacher
-    data: str = "the tiny world"
-
-
-def first_line(error):
-    """The first line of an exception's text (and the next, if it only leads to it)."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
-
+# A frozen teacher, and batches: dicts of `input_ids` and `labels`, both (batch, tokens) and aligned
+# as in transformers (the shift by one is made inside the loss; -100 is ignored), and perhaps an
+# `attention_mask`. A task is all that a distillation needs besides a method: teacher, tokenizer,
+# `calibration` and `held_out` (lists of batches), `stream` (position -> an endless iterator over
+# training batches, from there on) and `measure` (model -> dict of scores).
 
 def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
     """A frozen teacher and its tokenizer, from a folder or the hub (§3).
-
-    The config comes first: an unsupported model is refused before its weights are downloaded.
-    Raises UserError where the model is missing, broken, quantised or of another family.
-    """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UserError(f"{name} holds no config.json, so it is no model folder.")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            f"cannot read the config of {name!r} ({first_line(error)}); check the name, or pass "
-            "a folder that holds config.json, the weights and the tokenizer."
-        ) from error
-    if config.model_type not in FAMILIES:
-        families = ", ".join(FAMILIES)
-        raise UserError(f"{name} is a {config.model_type!r} model; supported are {families}.")
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{name} is quantised; pass the full-precision checkpoint it came from.")
+    UserError: missing, broken, quantised, or of another family (its weights are not fetched)."""
+    advice = "pass a folder with config.json, all weights and tokenizer, or a hub model in reach."
     words = {"revision": revision, "trust_remote_code": False}
-    try:
+    with explained(f"cannot load {name!r} ({{}}); {advice}"):
+        config = AutoConfig.from_pretrained(name, **words)
+        if config.model_type not in FAMILIES:
+            kinds = ", ".join(FAMILIES)
+            raise UserError(f"{name} is a {config.model_type!r} model; supported are {kinds}.")
+        if getattr(config, "quantization_config", None):
+            raise UserError(f"{name} is quantised; pass the full-precision checkpoint behind it.")
         tokenizer = AutoTokenizer.from_pretrained(name, **words)
         words |= {"config": config, "dtype": dtype, "output_loading_info": True}
         teacher, report = AutoModelForCausalLM.from_pretrained(name, **words)
         if report["missing_keys"]:
-            raise ValueError(f"without {sorted(report['missing_keys'])[0]}")
-    except Exception as error:
-        raise UserError(
-            f"cannot load {name!r} ({first_line(error)}); its weights or tokenizer are missing or "
-            "damaged, so fetch them again."
-        ) from error
+            raise ValueError(f"its weights lack {sorted(report['missing_keys'])[0]}")
     # A file may hold two different matrices where its config calls them tied: believe the file.
     teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
     return teacher.to(device).eval().requires_grad_(False), tokenizer
 
-
 def open_documents(source, flag="--data"):
-    """What a flag names -> a streaming datasets.IterableDataset. UserError where it cannot be read.
-
-    Local where it exists or ends like a file; else of the hub, as name[:config[:split]].
-    """
+    """What a flag names -> a streaming datasets.IterableDataset. UserError: it cannot be read.
+    Local where it exists or ends like a file; else of the hub, as name[:config[:split]]."""
     import datasets  # here, because it takes seconds to import and the tiny world needs none of it
-
     datasets.disable_progress_bars()
-    path, readers = Path(source), {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-    local = path.suffix in readers or path.exists()
-    if local and not path.is_file():
-        raise UserError(f"there is no file {source}.")
-    if local and path.suffix not in readers:
-        raise UserError(f"{source} must end in .txt, .jsonl or .parquet.")
-    if local and path.stat().st_size == 0:
-        raise UserError(f"{source} is empty.")
-    name, config, split = [source, "", ""] if local else (source.split(":") + ["", ""])[:3]
-    words = {"data_files": source} if local else {"name": config or None}
-    if path.suffix == ".txt":
+    path, words = Path(source), {}
+    reader = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    name, config, split = (source.split(":") + [None, None])[:3]
+    if reader or path.exists():
+        if not path.is_file() or not reader or path.stat().st_size == 0:
+            wrong = "is empty" if path.is_file() and reader else "is no file that can be read"
+            raise UserError(f"{source} {wrong}; pass a .txt, .jsonl or .parquet file with text.")
+        name, config, split, words["data_files"] = reader, None, None, source
+    if reader == "text":
         words["sample_by"] = "paragraph"  # a blank line separates documents
-    try:
-        return datasets.load_dataset(
-            readers[path.suffix] if local else name, split=split or "train", streaming=True, **words
-        )
-    except Exception as error:
-        raise UserError(
-            f"cannot read the data {source!r} ({first_line(error)}); pass {flag} a local .txt, "
-            ".jsonl or .parquet file, or the name of a hub dataset that can be reached."
-        ) from error
+    advice = f"pass {flag} a .txt, .jsonl or .parquet file, or the name of a hub dataset in reach."
+    with explained(f"cannot read the data {source!r} ({{}}); {advice}"):
+        return datasets.load_dataset(name, config, split=split or "train", streaming=True, **words)
 
+def readable(items, source):
+    """The items of a source; what breaks while reading them becomes a UserError."""
+    with explained(f"cannot read the data {source!r} ({{}})."):
+        yield from items
 
 def document_tokens(document, tokenizer):
     """One document -> its token ids, closed by the end-of-text token.
-
-    Fields: `messages` (through the tokenizer's chat template), `question` and `answer`, or `text`.
-    """
-    special = not document.get("messages")  # a chat template writes the special tokens itself
-    if not special:
+    Fields: `messages` (by the tokenizer's chat template), `question` with `answer`, or `text`."""
+    chat, question, answer, text = map(document.get, ("messages", "question", "answer", "text"))
+    if chat:
         if not tokenizer.chat_template:
             raise UserError("the data holds chats, but the teacher's tokenizer has no template.")
-        text = tokenizer.apply_chat_template(document["messages"], tokenize=False)
-    elif document.get("question") is not None and document.get("answer") is not None:
-        text = f"Question: {document['question']}\nAnswer: {document['answer']}"
-    elif document.get("text") is not None:
-        text = document["text"]
-    else:
-        raise UserError(
-            "the data has none of the fields `text`, `messages`, or `question` with `answer`; "
-            f"it has {', '.join(map(str, document)) or 'no field at all'}."
-        )
-    tokens = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    elif None not in (question, answer):
+        text = f"Question: {question}\nAnswer: {answer}"
+    elif text is None:
+        wanted = "`text`, `messages`, or `question` with `answer`"
+        fields = ", ".join(map(str, document)) or "nothing"
+        raise UserError(f"the data needs one of the fields {wanted}; it has {fields}.")
+    # A chat template writes the special tokens itself.
+    tokens = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
     closed = end is None or end in tokens[-2:]  # by the tokenizer, or by a template and a newline
     return tokens if closed else tokens + [end]
 
+def packed(documents, tokenizer, batch_size, seq_len, held=()):
+    """Batches cut from one long string of (place, document) pairs; the last tokens are dropped.
+    A batch's `position`: the place of its last document, and tokens `held` for the next batch."""
+    held, size = list(held), batch_size * seq_len
+    for place, document in documents:
+        held = held + document_tokens(document, tokenizer)
+        while len(held) >= size:
+            ids, held = torch.tensor(held[:size]).view(batch_size, seq_len), held[size:]
+            yield {"input_ids": ids, "labels": ids, "position": {"place": place, "held": held}}
 
-def packed_rows(documents, tokenizer, seq_len):
-    """Documents -> rows of exactly `seq_len` token ids, cut from one long string of documents."""
-    held = []
-    for document in documents:
-        held += document_tokens(document, tokenizer)
-        while len(held) >= seq_len:
-            yield held[:seq_len]
-            held = held[seq_len:]
+def training_batches(documents, tokenizer, config, position=None):
+    """Endless batches of shuffled text for this process, from a `position` on (App. F.2).
+    Each process takes every N-th document: so any number of them draws a global batch from the same
+    documents, as it would not with whole files. datasets loses its shuffle buffer when it restores
+    a state, so the way to a position is read again, but not tokenised."""
+    from datasets.distributed import split_dataset_by_node
+    first, skip = position["place"] if position else (0, 0)
+    def numbered():
+        for epoch in itertools.count(first):
+            if epoch > first:
+                say("data", f"used up; repeated, shuffled anew (epoch {epoch + 1})")
+            shuffled, number = documents.shuffle(seed=config.seed + epoch, buffer_size=2000), 0
+            mine = split_dataset_by_node(shuffled, *rank_and_world(), strategy="examples")
+            for number, document in enumerate(readable(mine, config.data), 1):
+                if epoch > first or number > skip:
+                    yield (epoch, number), document
+            if not number:
+                raise UserError(f"{config.data} has fewer training documents than processes.")
+    held = position["held"] if position else ()
+    return packed(numbered(), tokenizer, config.batch_size, config.seq_len, held)
 
+def ahead(items):
+    """The items of an endless iterator, each made in a thread while the one before is in use."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next, items)
+        while True:
+            item, upcoming = upcoming.result(), pool.submit(next, items)
+            yield item
 
-def as_batches(rows, batch_size, device):
-    """Rows of token ids -> batches in which every token is a label. A last short batch is kept."""
-    rows = iter(rows)
-    while chosen := list(itertools.islice(rows, batch_size)):
-        ids = torch.tensor(chosen, device=device)
-        yield {"input_ids": ids, "labels": ids}
-
-
-def readable(items, source):
-    """The items of a source; what breaks while reading them becomes a UserError."""
-    try:
-        yield from items
-    except UserError:
-        raise
-    except Exception as error:  # a file that opens but is no text, a hub that drops halfway
-        raise UserError(f"cannot read the data {source!r} ({first_line(error)}).") from error
-
-
-def text_task(config, teacher, tokenizer, device):
-    """The Task of a real teacher: streamed text, its first documents held out (App. F.2).
-
-    Held out are the first 200 documents, or a tenth of a smaller source (more, where that is less
-    than one sequence), of which at most 32 sequences are measured. Calibration uses the first
-    training sequences unless it has data of its own. UserError: data unreadable, or too short.
-    """
-
-    def rows(documents, source, wanted=None):
-        packed = packed_rows(readable(documents, source), tokenizer, config.seq_len)
-        return list(itertools.islice(packed, wanted))
-
+def text_task(config, teacher, tokenizer):
+    """The Task of real text: streamed, its first documents held out (App. F.2).
+    Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
+    Calibration has the first training sequences, or its own. UserError: unreadable, too short."""
+    def rows(documents, source, wanted):
+        batches = packed(enumerate(readable(documents, source)), tokenizer, 1, config.seq_len)
+        return list(itertools.islice(batches, wanted))
     documents = open_documents(config.data)
     count = sum(1 for _ in readable(documents.take(2000), config.data))
     held = max(1, min(200, count // 10))
@@ -354,312 +330,208 @@ def text_task(config, teacher, tokenizer, device):
     if source != config.data:
         calibration = open_documents(source, "--calibration-data")
     samples = rows(calibration, source, config.calibration_samples)
-    if not held_out or not rows(training, config.data, 1) or len(samples) < 2:
-        raise UserError(
-            f"{source if held_out else config.data} is too short for {config.seq_len} tokens at a "
-            "time; give more text (in a .txt, a blank line ends a document) or a smaller --seq-len."
-        )
-
-    def endless():
-        for epoch in itertools.count():
-            if epoch:
-                say("data", f"used up; repeated, shuffled anew (epoch {epoch + 1})")
-            shuffled = training.shuffle(seed=config.seed + epoch, buffer_size=2000)
-            yield from readable(shuffled, config.data)
-
-    def stream():
-        packed = packed_rows(endless(), tokenizer, config.seq_len)
-        return as_batches(packed, config.batch_size, device)
-
-    samples = list(as_batches(samples, 1, device))
-    held_out = list(as_batches(held_out, config.batch_size, device))
-    measure = task_scores(config, tokenizer)
-    return Task(teacher, tokenizer, samples, held_out, stream, measure, config.model, config.data)
-
+    if not held_out or len(samples) < 2 or not rows(training, config.data, 1):
+        short = f"{source if held_out else config.data} is too short for sequences this long"
+        advice = "give more text (in a .txt, a blank line ends a document) or a smaller --seq-len."
+        raise UserError(f"{short}; {advice}")
+    return types.SimpleNamespace(
+        teacher=teacher, tokenizer=tokenizer, calibration=samples, held_out=held_out,
+        stream=lambda position=None: training_batches(training, tokenizer, config, position),
+        measure=task_scores(config, tokenizer))
 
 # ==== Effective rank (§4) =====================================================================
-# The paper's instrument. Hidden states whose effective rank is low are hard to tell apart, and a
-# chain of reasoning that has to tell its steps apart breaks first.
-
+# The paper's instrument. Hidden states of low effective rank are hard to tell apart, and a chain
+# of reasoning that has to tell its steps apart breaks first.
 
 def effective_rank(hidden):
     """eRank(H) = exp(-sum p ln p), p = singular values / their sum (§4; Roy & Vetterli 2007).
-
-    hidden: (..., d), any floating dtype; all leading dimensions are rows. Returns a float between
-    1 and min(rows, d), or 0.0 for a zero matrix. The singular values are the roots of the smaller
-    Gram matrix's eigenvalues, in float64: on 2,048 x 576 normal data within 1e-10 of an SVD, and
-    it stays within 1e-4 down to rank one. Raises ValueError for values that are not finite.
-    """
-    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
-    hidden = (hidden.cpu() if hidden.device.type == "mps" else hidden).double()  # mps: no float64
-    if not torch.isfinite(hidden).all():
+    hidden: (..., d), all leading dimensions are rows. A float from 1 to min(rows, d); 0.0 for a
+    zero matrix. By eigenvalues of the smaller Gram matrix in float64: on 2,048 x 576 normal data
+    within 1e-10 of an SVD, and within 1e-4 down to rank one. ValueError: values are not finite."""
+    rows = hidden.detach().reshape(-1, hidden.shape[-1])
+    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # mps has no float64
+    if not torch.isfinite(rows).all():
         raise ValueError("effective_rank needs finite values")
-    hidden = hidden / hidden.abs().max().clamp_min(1e-300)  # so that squares cannot overflow
-    gram = hidden.T @ hidden if hidden.shape[0] >= hidden.shape[1] else hidden @ hidden.T
-    eigenvalues = torch.linalg.eigvalsh(gram)
-    floor = eigenvalues[-1] * len(eigenvalues) * torch.finfo(torch.float64).eps
-    values = eigenvalues[eigenvalues > floor].sqrt()  # below the floor there is only rounding
-    if len(values) == 0:
-        return 0.0
-    p = values / values.sum()
-    return torch.exp(-(p * p.log()).sum()).item()
-
+    rows = rows / rows.abs().max().clamp_min(1e-300)  # so that squares cannot overflow
+    wide = rows.shape[0] < rows.shape[1]
+    squares = torch.linalg.eigvalsh(rows @ rows.T if wide else rows.T @ rows)
+    floor = squares[-1] * len(squares) * torch.finfo(torch.float64).eps  # below is only rounding
+    p = squares[squares > floor].sqrt()
+    p = p / p.sum()
+    return torch.exp(-(p * p.log()).sum()).item() if len(p) else 0.0
 
 class watch:
-    """While open, `see(name, input, output)` is called whenever one of the named modules runs.
-
-    The one way in which this file looks inside a model: calibration, alignment and effective rank
-    all use it, for any nn.Module. `names` are those of `model.named_modules()`.
-    """
-
+    """Within `with`, `see(name, input, output)` is called whenever one of the named modules runs.
+    The one way in which this file looks inside a model, for any nn.Module and names in it."""
     def __init__(self, model, names, see):
-        self.model, self.names, self.see = model, names, see
+        def hook(name):
+            return lambda module, inputs, output: see(name, inputs[0], output)
+        self.hooks = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]
 
     def __enter__(self):
-        def hook_of(name):
-            return lambda module, inputs, output: self.see(name, inputs[0], output)
-
-        get = self.model.get_submodule
-        self.hooks = [get(name).register_forward_hook(hook_of(name)) for name in self.names]
+        return self
 
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
 
+def placed(batch, model):
+    """A batch on the model's device, with `real`, (batch, tokens) bool: True but at padding."""
+    device, names = next(model.parameters()).device, ("input_ids", "labels", "attention_mask")
+    placed = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
+    ids, mask = placed["input_ids"], placed.setdefault("attention_mask")
+    placed["real"] = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    placed["labels"] = placed.get("labels", ids).masked_fill(~placed["real"], -100)
+    return placed
 
 def last_hidden(model, batch):
     """The causal model's last normed hidden states, (batch, tokens, d), without any logits."""
-    mask = batch.get("attention_mask")
-    output = model.model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False)
-    return output.last_hidden_state
-
-
-def real_tokens(batch):
-    """(batch, tokens) bool: True but at padding."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
-
-
-def real_labels(batch):
-    """The labels, with -100 at padding, too."""
-    return batch["labels"].masked_fill(~real_tokens(batch), -100)
-
+    words = {"attention_mask": batch["attention_mask"], "use_cache": False}
+    return model.model(batch["input_ids"], **words).last_hidden_state
 
 def token_means(model, batches, names, measure):
-    """The mean over all real tokens of what each named module does: name -> float64 tensor.
-
-    measure(input, output), of two float32 tensors (tokens, width), returns (tokens, ...). Only
-    running sums are kept, so memory does not grow with the batches; padding counts nowhere.
-    Raises ValueError where there are no tokens.
-    """
+    """Mean over all real tokens of measure(input, output) of each named module: name -> float64.
+    measure: of two float32 tensors (tokens, width), (tokens, ...). ValueError: no tokens."""
     sums, count = {}, 0
     for batch in batches:
-        real = real_tokens(batch)
-
-        def see(name, before, after):
+        batch = placed(batch, model)
+        def see(name, before, after, real=batch["real"]):
             seen = measure(before[real].float(), after[real].float())
             sums[name] = sums.get(name, 0.0) + seen.cpu().double().sum(0)  # mps has no float64
-
         with torch.no_grad(), watch(model, names, see):
             last_hidden(model, batch)
-        count += int(real.sum())
-    if count == 0:
+        count += int(batch["real"].sum())
+    if not count:
         raise ValueError("there are no tokens to measure on")
     return {name: total / count for name, total in sums.items()}
-
 
 # ==== Calibration and selection (§5) ==========================================================
 # The contribution of RED. A few sequences through the teacher score each channel of the residual
 # stream; the best become the student's channels. The stream is one space, so one set of channels
 # serves every matrix [ours]: S is (d_t, d_s), a single 1 per column, and S.T @ S = I.
 
-
-@dataclasses.dataclass
-class Calibration:
-    """What `calibrate` found."""
-
-    batches: list
-    importance: torch.Tensor  # (d_t,)
-    channels: torch.Tensor  # (d_s,)
-    overlap: float  # of the channels that two halves of the calibration set pick, from 0 to 1
-    scales: dict  # aligned module -> mean square of the teacher's output
-
-
 def stream_norms(model):
     """Names of the 2L + 1 norm layers of the residual stream, in order (not q_norm or k_norm)."""
     leaves = ("input_layernorm", "post_attention_layernorm", "norm")
     return [name for name, _ in model.named_modules() if name.split(".")[-1] in leaves]
 
-
 def channel_importance(model, batches, statistic="norm-output"):
     """How much the teacher uses each channel of its residual stream (§5).
-
     batches: dicts of `input_ids` (batch, tokens) and perhaps `attention_mask`. Returns (d_t,)
-    float64, which sums to the number of norm layers: per layer, the statistic over all tokens,
-    scaled to sum 1 [ours: the paper's Eqs. 9-10 are not known to us], one of
+    float64: the sum over norm layers of the statistic over all tokens, scaled to sum 1 [ours], of
       norm-output        mean absolute output of the norm layer, its gain included
       normalised-stream  root mean square of the stream, each token scaled to RMS 1, without gain
       variance           variance over tokens of the norm layer's output
-    ValueError: unknown statistic, or no tokens. FloatingPointError: activations not finite.
-    """
-    measures = {
-        "norm-output": lambda stream, normed: normed.abs(),
-        "normalised-stream": lambda stream, normed: stream**2 / (stream**2).mean(-1, True),
-        "variance": lambda stream, normed: torch.stack([normed, normed.square()], 1),
-    }
-    if statistic not in measures:
-        raise ValueError(f"unknown statistic {statistic!r}")
-    total = 0.0
-    for mean in token_means(model, batches, stream_norms(model), measures[statistic]).values():
-        score = mean.sqrt() if statistic == "normalised-stream" else mean
-        if statistic == "variance":
-            score = (mean[1] - mean[0].square()).clamp_min(0)
-        total = total + score / score.sum()
+    KeyError: another statistic. ValueError: no tokens. FloatingPointError: values not finite."""
+    measure, score = {
+        "norm-output": (lambda stream, normed: normed.abs(), lambda mean: mean),
+        "normalised-stream": (lambda stream, _: stream**2 / (stream**2).mean(-1, True), torch.sqrt),
+        "variance": (lambda stream, normed: torch.stack([normed, normed**2], 1),
+                     lambda mean: (mean[1] - mean[0] ** 2).clamp_min(0)),
+    }[statistic]
+    means = token_means(model, batches, stream_norms(model), measure).values()
+    total = sum(score(mean) / score(mean).sum() for mean in means)
     if not torch.isfinite(total).all():
         raise FloatingPointError("the teacher's activations are not finite")
     return total
-
 
 def aligned_modules(model):
     """Names of the seven linear modules of each block, whose outputs are aligned (App. B)."""
     return [name for name, _ in model.named_modules() if name.endswith("_proj")]
 
-
 def select_channels(importance, hidden_size):
-    """Indices of the `hidden_size` most important channels, ascending, (d_s,) int64 (§5).
-
-    Equal scores go to the lower index. Raises ValueError unless 0 < hidden_size <= d_t.
-    """
+    """Indices of the most important channels, ascending, (d_s,) int64 (§5).
+    Equal scores go to the lower index. ValueError: not 0 < hidden_size <= d_t."""
     if not 0 < hidden_size <= len(importance):
         raise ValueError(f"cannot keep {hidden_size} of {len(importance)} channels")
     order = torch.sort(importance, descending=True, stable=True).indices
     return order[:hidden_size].sort().values
 
-
 def selection_matrix(channels, width):
     """S in {0,1}, (width, len(channels)) float32, with S[channels[j], j] = 1 (§5, Thm. 5.1).
-
-    Distinct channels make every singular value exactly 1. Raises ValueError for repeated ones.
-    """
+    Distinct channels make every singular value exactly 1. Raises ValueError for repeated ones."""
     if len(set(channels.tolist())) < len(channels):
         raise ValueError("a channel is selected twice")
     return torch.eye(width)[:, channels.cpu()]
 
-
 def gain_rescaling(model, batches, channels):
-    """Per norm layer, mean over tokens of rms(kept channels) / rms(all channels) [ours].
-
-    A student that keeps some channels divides them by their own RMS where the teacher divided by
-    that of all; this ratio on its gains makes up for it. Returns name -> float, 1.0 at full width.
-    """
-
+    """Per norm layer, mean over tokens of rms(kept channels) / rms(all channels): name -> float.
+    A student divides by the RMS of what it keeps; this on its gains makes up for it [ours]."""
     def ratio(stream, normed):
         return (stream[:, channels].square().mean(-1) / stream.square().mean(-1)).sqrt()
-
     means = token_means(model, batches, stream_norms(model), ratio)
     return {name: mean.item() for name, mean in means.items()}
 
-
 def mean_squares(model, batches):
-    """Mean square of each aligned module's output over the real tokens: name -> float.
-
-    Measured once, these are the constants that `--alignment relative` divides by [ours].
-    """
+    """Mean square of each aligned module's output, by which relative alignment divides [ours]."""
     names = aligned_modules(model)
     means = token_means(model, batches, names, lambda before, after: after.square().mean(-1))
     return {name: max(mean.item(), 1e-12) for name, mean in means.items()}
 
-
 def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
-    """Everything that is measured on the teacher before training starts (§5), as a Calibration.
-
-    batches: a list of batches, of which each half also picks its own channels, to show how far
-    the choice can be trusted (App. G.2): `overlap` is the share on which the halves agree, and two
-    random sets would agree on hidden_size / d_t.
-    """
-    shown = functools.partial(tqdm, desc="calibrate", leave=False, delay=2)
-    importance = channel_importance(teacher, shown(batches), statistic)
-    channels = select_channels(importance, hidden_size)
-    middle = len(batches) // 2
-    halves = [
-        set(select_channels(channel_importance(teacher, part, statistic), hidden_size).tolist())
-        for part in (shown(batches[:middle]), shown(batches[middle:]))
-    ]
-    overlap = len(halves[0] & halves[1]) / hidden_size
-    scales = mean_squares(teacher, shown(batches))
-    return Calibration(batches, importance, channels, overlap, scales)
-
+    """What is measured on the teacher before training (§5): importance (d_t,), channels (d_s,),
+    their overlap between two halves of the batches (App. G.2), and scales: see `mean_squares`."""
+    parts = batches, batches[: len(batches) // 2], batches[len(batches) // 2 :]
+    scores = [channel_importance(teacher, shown(p, "calibrate"), statistic) for p in parts]
+    channels, *halves = [select_channels(score, hidden_size) for score in scores]
+    overlap = torch.isin(*halves).double().mean().item()  # two random sets: hidden_size / d_t
+    found = {"importance": scores[0], "channels": channels, "overlap": overlap}
+    return types.SimpleNamespace(**found, batches=batches, scales=mean_squares(teacher, batches))
 
 # ==== The projected student and its merge (§3, App. C) ========================================
-# The student is an ordinary transformers model of the teacher's own architecture, only narrower,
-# whose weights are made from the teacher's: W @ P where a matrix reads the residual stream, P.T @ W
-# where it writes to it. They are made once per optimiser step and handed to the model, which then
-# runs as it is, on any attention kernel, through any number of micro-batches; its gradients are
-# carried back to the projections once. (The other way, projecting inside every forward, would pay
-# for the products anew with each micro-batch, and needs functional_call around each use.)
+# The student is an ordinary, narrower model of the teacher's architecture. Its weights are W @ P
+# where a matrix reads the residual stream, P.T @ W where it writes to it, made once per optimiser
+# step; it then runs as it is through any number of micro-batches, and its gradients are carried
+# back to the projections once.
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 WRITERS = ("o_proj", "down_proj")
 
-
 def projected_matrices(model):
-    """Names of the modules with a projection of their own: seven a block, embedding, head (App. C).
-
-    A head tied to the embedding has none: it uses the embedding's.
-    """
+    """Names of the modules with a projection of their own (App. C): all but a head that is tied."""
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     names = [name for name, _ in model.named_modules() if name.split(".")[-1] in READERS + WRITERS]
     return [name for name in names if not (tied and name == "lm_head")]
 
-
 def feeding_norm(name):
     """The norm layer whose output the named matrix reads, or None (the embedding, the writers)."""
-    block, _, leaf = name.rpartition(".")
-    if leaf in ("q_proj", "k_proj", "v_proj"):
-        return block.rpartition(".")[0] + ".input_layernorm"
-    if leaf in ("gate_proj", "up_proj"):
-        return block.rpartition(".")[0] + ".post_attention_layernorm"
-    return "model.norm" if leaf == "lm_head" else None
-
+    attention, ffn = READERS[:3], READERS[3:5]
+    if name.endswith(attention + ffn):
+        norm = "input_layernorm" if name.endswith(attention) else "post_attention_layernorm"
+        return ".".join([*name.split(".")[:-2], norm])
+    return "model.norm" if name == "lm_head" else None
 
 class ProjectedStudent:
     """A student whose every weight is a function of the frozen teacher's (§3, App. C).
-
-    teacher      a causal language model, (d_t) wide; never changed
-    model        the same architecture, (d_s) wide, its parameters perhaps on the meta device: the
-                 student itself, an ordinary model that may be called, or generate, at any time
-    projections  matrix name -> (d_t, d_s) float tensor, for all `projected_matrices(teacher)`
-    gains        norm name -> (d_s,) float tensor, for all `stream_norms(teacher)`
+    teacher      a causal language model, d_t wide; never changed
+    model        the same, d_s wide, perhaps on the meta device: the student, an ordinary model
+    projections  matrix name -> (d_t, d_s) tensor, for all `projected_matrices(teacher)`
+    gains        norm name -> (d_s,) tensor, for all `stream_norms(teacher)`
     fold         let the teacher's gains act inside the reading weights, W @ diag(g) @ P, as a
                  rotated start needs; the student's gains then start at 1 [ours]
-
-    Not an nn.Module, so that what trains is plain to see: `parameters()` is projections and gains,
-    in float32 or better. Raises ValueError where these are missing or of the wrong shape.
-    """
-
+    What trains is in float32 or better. ValueError: some are missing, or of the wrong shape."""
     def __init__(self, teacher, model, projections, gains, fold=False):
         self.teacher, self.model, self.fold = teacher, model, fold
-        embedding = teacher.model.embed_tokens.weight
-        width, narrow = embedding.shape[1], model.model.embed_tokens.weight.shape[1]
-        expected = {name: (width, narrow) for name in projected_matrices(teacher)}
-        expected |= {name: (narrow,) for name in stream_norms(teacher)}
+        width, narrow = (each.model.embed_tokens.weight.shape[1] for each in (teacher, model))
+        expected = dict.fromkeys(projected_matrices(teacher), (width, narrow))
+        expected |= dict.fromkeys(stream_norms(teacher), (narrow,))
         if {name: tuple(t.shape) for name, t in {**projections, **gains}.items()} != expected:
             raise ValueError("projections or gains are missing or of the wrong shape")
-        precise = torch.promote_types(embedding.dtype, torch.float32)
-        new, where = torch.nn.Parameter, {"device": embedding.device, "dtype": precise}
-        self.projections = {n: new(t.to(**where, copy=True)) for n, t in projections.items()}
-        self.gains = {n: new(t.to(**where, copy=True)) for n, t in gains.items()}
+        self.projections, self.gains, head = {}, {}, teacher.lm_head.weight
+        precise = torch.promote_types(head.dtype, torch.float32)
+        for own, given in ((self.projections, projections), (self.gains, gains)):
+            for name, start in given.items():  # a copy: many names may share one start
+                own[name] = torch.nn.Parameter(start.to(head.device, precise).clone().contiguous())
         self.frozen = {name: weight.detach() for name, weight in teacher.named_parameters()}
         # Rotary tables live in head space, the same in both, and in no state dict: share them.
         model.model.rotary_emb = teacher.model.rotary_emb
-        made = self.merge()
-        weights = {name: weight.detach() for name, weight in made.items()}
+        self.made = self.merge()
+        weights = {name: weight.detach() for name, weight in self.made.items()}
         model.load_state_dict(weights, strict=False, assign=True)
-        model.tie_weights()
+        model.eval().tie_weights()
         model.model.embed_tokens.padding_idx = None  # else padding's row would get no gradient
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(made[name].requires_grad)
-        model.eval()
+            parameter.requires_grad_(self.made[name].requires_grad)
 
     def parameters(self):
         """Everything that learns, a list: the projections, then the gains."""
@@ -667,11 +539,8 @@ class ProjectedStudent:
 
     def merge(self):
         """The student's weights, name -> tensor, as differentiable functions of the projections.
-
-        Names and shapes are those of the student's own checkpoint (App. C). Biases of o and down
-        live in the stream and are projected like their weights [ours]; what lives in head space
-        (q/k/v biases, q_norm, k_norm) is the teacher's own [ours].
-        """
+        Biases of o and down live in the stream and are projected like their weights; what lives
+        in head space (q/k/v biases, q_norm, k_norm) is the teacher's own [ours]."""
         weights = {}
         for name, weight in self.frozen.items():
             module = name.rpartition(".")[0]
@@ -681,11 +550,9 @@ class ProjectedStudent:
                 weights[name] = weight
             else:
                 projection = self.projections[module]
-                norm = feeding_norm(module) if self.fold else None
-                if norm is not None:  # W @ diag(g) @ P: the gain scales the rows of P
+                if self.fold and (norm := feeding_norm(module)):  # the gain scales the rows of P
                     projection = self.frozen[norm + ".weight"][:, None] * projection
-                projection = projection.to(weight.dtype)
-                reads = module.endswith(READERS)
+                projection, reads = projection.to(weight.dtype), module.endswith(READERS)
                 weights[name] = weight @ projection if reads else projection.T @ weight
         return weights
 
@@ -699,17 +566,13 @@ class ProjectedStudent:
     def carry_back(self):
         """From the gradients of the made weights to those of the projections and gains."""
         trained = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
-        made = [self.made[name] for name in trained]
-        torch.autograd.backward(made, [parameter.grad for parameter in trained.values()])
+        made, gradients = zip(*((self.made[n], p.grad) for n, p in trained.items()))
+        torch.autograd.backward(made, gradients)
+        self.model.zero_grad()
         self.made = None
-        for parameter in trained.values():
-            parameter.grad = None
 
     def export(self, folder, tokenizer=None):
-        """Write the merged student as a standard checkpoint: no custom code is needed to load it.
-
-        Raises OSError where the folder cannot be written.
-        """
+        """Write the merged student as a standard checkpoint. OSError: it cannot be written."""
         with torch.no_grad():
             self.make_weights()
         self.model.generation_config = self.teacher.generation_config
@@ -717,92 +580,64 @@ class ProjectedStudent:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
-
-def width_step(teacher_config):
-    """What a width must be a multiple of: for a Llama its heads, as transformers 5 insists."""
-    return teacher_config.num_attention_heads if teacher_config.model_type == "llama" else 1
-
-
 def student_config(teacher_config, hidden_size):
-    """The teacher's config, `head_dim` pinned, at another width (ValueError: no `width_step`)."""
-    if hidden_size % width_step(teacher_config):
-        raise ValueError(f"width {hidden_size} is no multiple of {width_step(teacher_config)}")
-    values = teacher_config.to_dict()
-    for trace in ("quantization_config", "_name_or_path", "dtype", "transformers_version"):
-        values.pop(trace, None)
-    heads = teacher_config.num_attention_heads
-    head_dim = getattr(teacher_config, "head_dim", None) or teacher_config.hidden_size // heads
-    values.update(hidden_size=hidden_size, head_dim=head_dim)
-    return type(teacher_config)(**values)
-
+    """The teacher's config, `head_dim` pinned, at another width."""
+    traces = ("quantization_config", "_name_or_path", "dtype", "transformers_version")
+    values = {k: v for k, v in teacher_config.to_dict().items() if k not in traces}
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    return type(teacher_config)(**values | {"hidden_size": hidden_size, "head_dim": head_dim})
 
 def student_width(config, teacher_config):
     """--ratio or --hidden-size -> the nearest accepted width. UserError: zero, or too wide."""
-    width, step = teacher_config.hidden_size, width_step(teacher_config)
-    if (config.hidden_size or 0) > width:
-        raise UserError(f"--hidden-size must be at most the teacher's width, {width}.")
+    width, llama = teacher_config.hidden_size, teacher_config.model_type == "llama"
+    step = teacher_config.num_attention_heads if llama else 1  # transformers 5 insists on multiples
     wanted = config.hidden_size or config.ratio * width
-    if found := step * math.floor(wanted / step + 0.5):
-        return found
-    raise UserError(f"a width of {wanted:g} rounds to zero; the least for this teacher is {step}.")
-
+    found = step * math.floor(wanted / step + 0.5)
+    if not 0 < found or wanted > width:
+        raise UserError(f"--hidden-size must lie from {step} to {width} here, got {wanted:g}.")
+    return found
 
 def initial_projections(method, names, width, narrow, channels, generator):
     """Where the projections start: name -> (width, narrow) float32 (§5, §6).
-
     red, random-selection   the same selection matrix of `channels` for every name
     lrc                     N(0, std), one per name; std = 0.02 * sqrt(3072 / width), so that
                             P.T @ P has the mean diagonal it has at LRC's own width of 3,072 [ours]
     orthogonal              random orthonormal columns, one per name
-    shared-orthogonal       random orthonormal columns, the same for every name [ours]
-    Raises ValueError for an unknown method.
-    """
-
-    def orthonormal():  # uniform over all such matrices
-        q, r = torch.linalg.qr(torch.randn(width, narrow, generator=generator).double())
-        return (q * r.diagonal().sign()).float()
-
-    if method in ("red", "random-selection"):
-        return dict.fromkeys(names, selection_matrix(channels, width))
-    if method == "shared-orthogonal":
-        return dict.fromkeys(names, orthonormal())
-    if method == "orthogonal":
-        return {name: orthonormal() for name in names}
-    if method == "lrc":
-        std = 0.02 * (3072 / width) ** 0.5
-        return {name: std * torch.randn(width, narrow, generator=generator) for name in names}
-    raise ValueError(f"unknown method {method!r}")
-
+    shared-orthogonal       random orthonormal columns, the same for every name [ours]"""
+    def draw(orthonormal):
+        gaussian = torch.randn(width, narrow, generator=generator)
+        if not orthonormal:
+            return 0.02 * (3072 / width) ** 0.5 * gaussian
+        q, r = torch.linalg.qr(gaussian.double())
+        return (q * r.diagonal().sign()).float()  # uniform over all such matrices
+    if method in ("lrc", "orthogonal"):
+        return {name: draw(method == "orthogonal") for name in names}
+    shared = method == "shared-orthogonal"
+    return dict.fromkeys(names, draw(True) if shared else selection_matrix(channels, width))
 
 def initial_gains(method, teacher, projections, channels, rescaling):
     """Where the norm gains start: norm name -> (d_s,) [ours, but for LRC's ones].
-
-    Kept channels keep the teacher's gains, times `rescaling` (norm name -> float). Rotations fold
-    the gains into the reading weights and start at 1; a tied head cannot fold, so there the final
-    gain is the diagonal of P.T @ diag(g) @ P.
-    """
-    gains, embedding = {}, projections["model.embed_tokens"]
-    for name in stream_norms(teacher):
+    Kept channels keep the teacher's gains, times `rescaling` (norm name -> float). Rotations start
+    at 1, but where a tied head cannot fold the final gain: there, at diag(P.T @ diag(g) @ P)."""
+    embedding, tied = projections["model.embed_tokens"], "lm_head" not in projections
+    gains = {name: torch.ones(embedding.shape[1]) for name in stream_norms(teacher)}
+    for name in gains:
         gain = teacher.get_submodule(name).weight.detach().float().cpu()
         if method in ("red", "random-selection"):
             gains[name] = gain[channels.cpu()] * rescaling[name]
-        elif method != "lrc" and name == "model.norm" and "lm_head" not in projections:
+        elif method != "lrc" and name == "model.norm" and tied:
             gains[name] = gain @ embedding.square()
-        else:
-            gains[name] = torch.ones(embedding.shape[1])
     return gains
-
 
 def new_student(method, teacher, hidden_size, calibration, seed=0):
     """A student of `hidden_size` at the start of training, by any of METHODS (§3, §5)."""
-    generator = torch.Generator().manual_seed(seed)
-    width = teacher.config.hidden_size
+    generator, width = torch.Generator().manual_seed(seed), teacher.config.hidden_size
     channels = calibration.channels
     if method == "random-selection":
         channels = torch.randperm(width, generator=generator)[:hidden_size].sort().values
-    rescaling = gain_rescaling(teacher, calibration.batches, channels)
     names = projected_matrices(teacher)
     projections = initial_projections(method, names, width, hidden_size, channels, generator)
+    rescaling = gain_rescaling(teacher, calibration.batches, channels)
     gains = initial_gains(method, teacher, projections, channels, rescaling)
     config = student_config(teacher.config, hidden_size)
     words = {"dtype": teacher.dtype, "attn_implementation": teacher.config._attn_implementation}
@@ -810,41 +645,31 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
         model = AutoModelForCausalLM.from_config(config, **words)
     return ProjectedStudent(teacher, model, projections, gains, method.endswith("orthogonal"))
 
-
 # ==== Losses (App. B) =========================================================================
-# KL from the teacher, cross-entropy of the next token, and alignment of activations. At a real
-# vocabulary the logits are the largest tensors of a step, so KL and cross-entropy are computed in
-# chunks of tokens, and their gradient with them: no two full logit tensors ever exist.
-
+# KL from the teacher, cross-entropy of the next token, and alignment of activations. The logits
+# would be the largest tensors of a step, so KL and cross-entropy are computed in chunks of tokens,
+# and their gradient with them: no two full logit tensors ever exist.
 
 def alignment_loss(student, teacher, projection=None, mask=None):
     """Mean squared error between activations, over real tokens and features (App. B).
-
-    student (batch, tokens, n), teacher (batch, tokens, n) for what lives in head or FFN space (q,
-    k, v, gate, up); teacher (batch, tokens, d_t) with projection (d_t, d_s) for what the student
-    writes to its stream (o, down). The projection is not detached: it learns from here, too.
-    mask (batch, tokens): True for real tokens. Returns a scalar, float32 or better.
-    """
-    target = teacher if projection is None else teacher @ projection.to(teacher.dtype)
-    if mask is not None:
-        student, target = student[mask], target[mask]
-    precise = torch.promote_types(student.dtype, torch.float32)
-    return torch.nn.functional.mse_loss(student.to(precise), target.to(precise))
-
+    student (batch, tokens, n); teacher the same for q, k, v, gate and up, or (batch, tokens, d_t)
+    with projection (d_t, n), which learns from here, too, for o and down, which write to the
+    stream. mask (batch, tokens): True for real tokens. Returns a scalar, float32 or better."""
+    error = student - (teacher if projection is None else teacher @ projection.to(teacher.dtype))
+    error = error if mask is None else error[mask]
+    # Not mse_loss: this keeps one tensor until backward, not two, and in bfloat16 no float32 copy.
+    return error.square().sum(dtype=torch.promote_types(error.dtype, torch.float32)) / error.numel()
 
 CHUNK = 2**23  # logits that exist at a time, for the student and for the teacher
-
 
 class ChunkedDistillation(torch.autograd.Function):
     """The work of `distillation_loss`: forward also forms the gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, count):
-        precise = torch.promote_types(hidden.dtype, torch.float32)
+        precise, rows = torch.promote_types(hidden.dtype, torch.float32), max(1, CHUNK // len(head))
         kl, cross_entropy = torch.zeros(2, dtype=precise, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=precise)
-        rows = max(1, CHUNK // len(head))
+        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head, dtype=precise)
         for i in range(0, len(targets), rows):
             chunk, target = hidden[i : i + rows], targets[i : i + rows, None]
             logits = (chunk @ head.T).to(precise)
@@ -855,8 +680,7 @@ class ChunkedDistillation(torch.autograd.Function):
             log_p = torch.log_softmax(logits_t.div_(temperature), -1)
             p = log_p.exp()
             kl += temperature**2 * torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
-            # d/dlogits of KL is T (q - p), of cross-entropy q1 - onehot(target): in place, because
-            # each pass over the logits costs, and with the sign at the end.
+            # d/dlogits: of KL T (q - p), of cross-entropy q1 - onehot(target); the sign comes last.
             descent = p.sub_(log_q.exp_()).mul_(temperature).sub_(log_q1.exp_())
             descent.scatter_add_(1, target, descent.new_ones(target.shape))
             descent = descent.to(hidden.dtype)
@@ -872,50 +696,42 @@ class ChunkedDistillation(torch.autograd.Function):
         grad_hidden, grad_head = ctx.saved_tensors
         return grad_loss * grad_hidden, grad_loss * grad_head, None, None, None, None, None
 
-
 def distillation_loss(
     student_hidden, student_head, teacher_hidden, teacher_head, labels, temperature=1.0, count=None
 ):
     """KL(teacher || student) and next-token cross-entropy (App. B).
-
     student_hidden (batch, tokens, d_s) and student_head (vocabulary, d_s) make the logits, and the
-    teacher's likewise, d_t wide; labels (batch, tokens), aligned with the tokens: the shift by one
-    is made here, and -100 is ignored. KL is softened by `temperature` and weighted by its square;
-    both terms are means over the labels that count [ours; LRC sums KL over a sequence, without
-    the square], or sums over `count` where micro-batches share one mean.
-    Returns (KL + cross-entropy, KL, cross-entropy) in nats per token; only the first carries
-    gradient, to student_hidden and student_head. Raises ValueError unless temperature > 0.
-    """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    teacher's likewise, d_t wide; labels (batch, tokens): the shift by one is made here, -100 is
+    ignored. KL is softened by `temperature` and weighted by its square; both are means over the
+    labels [ours; LRC sums KL over a sequence, without the square], or sums over `count`. Returns
+    (KL + cross-entropy, KL, cross-entropy) in nats per token; the first carries the gradient."""
     counts = labels[:, 1:] != -100
     return ChunkedDistillation.apply(
         student_hidden[:, :-1][counts], student_head,
         teacher_hidden[:, :-1][counts].detach(), teacher_head.detach(),
-        labels[:, 1:][counts], temperature, max(1, int(counts.sum()) if count is None else count),
-    )  # fmt: skip
-
+        labels[:, 1:][counts], temperature, max(1, int(counts.sum()) if count is None else count))
 
 # ==== Distillation (App. F.1) =================================================================
 # The loop of the paper: frozen teacher, projected student, three losses, Adam. Weight decay is 0,
-# because decay would shrink the projections, and warm-up, linear decay and clipping are LRC's.
+# because decay would shrink the projections; warm-up, linear decay and clipping are LRC's. Under
+# torchrun only sums are shared: one step of two processes is one process's on both their batches.
 
-
-def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, scales=None):
+def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, scales=None,
+                  orthogonality=0.0, mark=lambda part: None):
     """The gradients of one optimiser step, left in the student's projections and gains.
-
-    micro_batches: a list of batches; the losses are means over all of them together. scales:
-    module name -> what its alignment term is divided by (None: by nothing, LRC's plain form).
-    Returns the total loss and its terms, as detached scalars.
-    """
+    micro_batches: a list; the losses are means over all of them, and over those of all processes.
+    scales: module name -> what its alignment term is divided by (None: nothing, as LRC). mark: is
+    called as each part of the work is done. Returns name -> scalar, the loss first."""
+    micro_batches = [placed(batch, teacher) for batch in micro_batches]
+    labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
+    counts = torch.stack([labels, sum(batch["real"].sum() for batch in micro_batches)])
+    add_up(counts)
+    (labels, tokens), totals, aligned = counts.tolist(), 0.0, aligned_modules(teacher)
     student.make_weights()
-    labels = sum(int((real_labels(batch)[:, 1:] != -100).sum()) for batch in micro_batches)
-    tokens = sum(int(real_tokens(batch).sum()) for batch in micro_batches)
-    aligned = aligned_modules(teacher)
-    totals = dict.fromkeys(("loss", "kl", "cross_entropy", "alignment"), 0.0)
+    mark("making the weights")
     for batch in micro_batches:
-        activations, terms, real = {}, [], real_tokens(batch)
-        mask = None if real.all() else real  # picking all of them would copy for nothing
+        activations, terms = {}, []
+        mask = batch["real"] if batch["attention_mask"] is not None else None
 
         def keep(name, before, after):
             activations[name] = after
@@ -927,122 +743,183 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
 
         with torch.no_grad(), watch(teacher, aligned, keep):
             teacher_hidden = last_hidden(teacher, batch)
+        mark("teacher forward")
         with watch(student.model, aligned, compare):
             student_hidden = last_hidden(student.model, batch)
+        mark("student forward, alignment")
         likelihood, kl, cross_entropy = distillation_loss(
-            student_hidden, student.model.lm_head.weight,
-            teacher_hidden, teacher.lm_head.weight,
-            real_labels(batch), temperature, labels,
-        )  # fmt: skip
-        alignment = torch.stack(terms).sum() * (real.sum() / tokens)
+            student_hidden, student.model.lm_head.weight, teacher_hidden, teacher.lm_head.weight,
+            batch["labels"], temperature, labels)
+        mark("logits, KL, cross-entropy")
+        alignment = torch.stack(terms).sum() * (batch["real"].sum() / tokens)
         loss = likelihood + alpha * alignment
         loss.backward()
-        for name, term in zip(totals, (loss, kl, cross_entropy, alignment)):
-            totals[name] = totals[name] + term.detach()
+        totals = totals + torch.stack([loss, kl, cross_entropy, alignment]).detach()
+        mark("backward")
     student.carry_back()
-    return totals
+    add_up(totals, *(parameter.grad for parameter in student.parameters()))
+    if orthogonality:  # the paper's other baseline: |P.T @ P - I|^2, summed over the projections
+        grams = [each.T @ each for each in student.projections.values()]
+        penalty = sum((gram - torch.eye(len(gram)).to(gram)).square().sum() for gram in grams)
+        (orthogonality * penalty).backward()
+        totals[0] += orthogonality * penalty.detach()
+    mark("carrying gradients back")
+    return dict(zip(("loss", "kl", "cross_entropy", "alignment"), totals))
 
-
-def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alpha=0.2,
-            scales=None, grad_accum=1, log=None, progress="distil"):  # fmt: skip
+def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alpha=0.2, scales=None,
+            orthogonality=0.0, grad_accum=1, optimizer=None, first=0, after_step=None,
+            progress="distil"):
     """Train the student's projections and gains, in place (App. F.1).
-
-    stream: an iterator over batches, of which each step takes `grad_accum`. log: called after
-    each step with a dict of step, loss terms, learning rate, gradient norm and seconds. Raises
-    FloatingPointError as soon as the loss is not finite, ValueError where the stream ends early.
-    """
-    optimizer = torch.optim.Adam(student.parameters(), lr=learning_rate, fused=True)
-    warm_up = max(1, round(0.005 * steps))  # LRC: half a percent, under a linear decay
-
-    def rate(step):
-        return min(1.0, (step + 1) / warm_up) * (steps - step) / max(1, steps)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    bar = tqdm(range(steps), desc=progress, leave=False, disable=steps == 0)
+    stream: an iterator over batches, `grad_accum` a step. optimizer, first: of a run that goes on
+    after `first` steps. after_step: called with each step's record and last batch's `position`. A
+    step that is not finite changes nothing; ten on end: FloatingPointError. No data: ValueError."""
+    optimizer = optimizer or torch.optim.Adam(student.parameters(), fused=True)
+    warm_up, failures = max(1, round(0.005 * steps)), 0  # LRC: half a percent, then linear decay
+    bar = shown(range(first, steps), progress, delay=0, initial=first, total=steps)
     for step in bar:
-        started = time.perf_counter()
+        started, rate = time.perf_counter(), learning_rate * (1 - step / steps)
         micro_batches = list(itertools.islice(stream, grad_accum))
         if len(micro_batches) < grad_accum:
             raise ValueError(f"the stream of batches ended at step {step + 1}")
-        losses = training_step(teacher, student, micro_batches, temperature, alpha, scales)
+        words = (temperature, alpha, scales, orthogonality)
+        losses = training_step(teacher, student, micro_batches, *words)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        if not torch.isfinite(losses["loss"] + norm):
-            advice = "try a lower learning rate, or float32"
-            raise FloatingPointError(f"the loss is not finite at step {step + 1}: {advice}")
-        optimizer.step()
+        if finite := math.isfinite(losses["loss"] + norm):
+            optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / warm_up)
+            optimizer.step()
         optimizer.zero_grad()
-        record = {"step": step + 1} | {name: float(value) for name, value in losses.items()}
-        record |= {"learning_rate": schedule.get_last_lr()[0], "gradient_norm": float(norm)}
-        record["seconds"] = time.perf_counter() - started
-        schedule.step()
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-        if log:
-            log(record)
+        failures = 0 if finite else failures + 1
+        if failures == 10:
+            advice = "try a lower --learning-rate, or --dtype float32"
+            raise FloatingPointError(f"no finite loss and gradient in ten steps in a row: {advice}")
+        values = losses | {"gradient_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
+        record = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+        seconds = time.perf_counter() - started
+        tokens = sum(batch["input_ids"].numel() for batch in micro_batches) * rank_and_world()[1]
+        record |= {"step": step + 1, "tokens": (step + 1) * tokens, "skipped": not finite}
+        record |= {"tokens_per_second": tokens / seconds, "memory": peak_memory(teacher.device)}
+        bar.set_postfix(loss=record["loss"], refresh=False)
+        if after_step:
+            after_step(record, micro_batches[-1].get("position"))
     with torch.no_grad():
         student.make_weights()
 
+def peak_memory(device):
+    """The most memory this process has held so far, in bytes: of the GPU, or else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # here, because Windows has none
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return kilo * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def digests(folder):
+    """SHA-256 of each file of a checkpoint: name -> text."""
+    found = {}
+    for name in ("student.safetensors", "state.pt"):
+        with open(folder / name, "rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+def save_checkpoint(folder, step, student, optimizer, position):
+    """Write all that is needed to go on after `step` to folder/step-N; the two newest are kept.
+    A crash at any moment leaves the last one whole. OSError, SafetensorError: not written."""
+    ranks = gather({"position": position, "random": torch.get_rng_state()})
+    if rank_and_world()[0] == 0:
+        tensors = {**student.projections, **student.gains}
+        with replacing(folder / f"step-{step:07}") as fresh:
+            safetensors.torch.save_file(tensors, fresh / "student.safetensors")
+            state = {"step": step, "ranks": ranks, "optimizer": optimizer.state_dict()}
+            torch.save(state, fresh / "state.pt")
+            write_json(fresh / "digests.json", digests(fresh))
+        for old in sorted(folder.glob("step-*[0-9]"))[:-2]:
+            shutil.rmtree(old)
+    gather()
+
+def load_checkpoint(folder, student, optimizer):
+    """Take up, in place, the newest whole checkpoint: (its step, this process's position).
+    (0, None) where there is none. A damaged one is named, and the one before it taken. No code is
+    ever unpickled: tensors are safetensors, and the rest is read with weights_only."""
+    for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
+        try:
+            if json.loads((path / "digests.json").read_text()) != digests(path):
+                raise ValueError("its digest is another")
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            tensors = safetensors.torch.load_file(path / "student.safetensors")
+        except Exception as error:  # whatever a damaged file may raise
+            say("checkpoint", f"{path} is damaged ({first_line(error)}); the one before it is next")
+            continue
+        for name, parameter in {**student.projections, **student.gains}.items():
+            parameter.data.copy_(tensors[name])
+        optimizer.load_state_dict(state["optimizer"])
+        own = state["ranks"][rank_and_world()[0]]
+        torch.set_rng_state(own["random"])
+        say("checkpoint", f"going on from {path}")
+        return state["step"], own["position"]
+    return 0, None
 
 # ==== Evaluation (§6) =========================================================================
 # Held-out loss and effective rank for any causal language model, teacher or student alike, and two
 # tests of reasoning: chains of the tiny world, and GSM8K as lm-evaluation-harness scores it.
 
-
 def evaluate(model, batches, rank_tokens=4096):
     """Held-out loss and the effective rank of each block's output (§4, §6).
-
-    Returns a dict: `loss` in nats per label, `perplexity`, and by block, over `rank_tokens` tokens
-    at most, `erank` of the raw stream and `erank_normalised` of the stream with each token scaled
-    to RMS 1 (massive activations rule the raw one). FloatingPointError: the loss is not finite.
-    """
-    total, count, states = 0.0, 0, {}
+    `loss` in nats per label, `perplexity`, and by block, over the first `rank_tokens` tokens,
+    `erank` of the raw stream, `erank_normalised` with each token scaled to RMS 1 (massive
+    activations rule the raw one), and mean cosine `similarity` of tokens. Processes share the work.
+    Returns a dict. FloatingPointError: the loss is not finite."""
+    totals, seen, states = torch.zeros(2, dtype=torch.float64), 0, {}
     blocks = [f"model.layers.{i}" for i in range(len(model.model.layers))]
-
-    def see(name, before, after):
-        seen = states.setdefault(name, [])
-        if sum(map(len, seen)) < rank_tokens:
-            seen.append(after[real])
-
-    with torch.no_grad(), watch(model, blocks, see):
-        for batch in tqdm(batches, desc="evaluate", leave=False, delay=2):
-            real = real_tokens(batch)
-            hidden, labels = last_hidden(model, batch)[:, :-1], real_labels(batch)[:, 1:]
-            counts = labels != -100
+    rank, world = rank_and_world()
+    for i, batch in enumerate(shown(batches, "evaluate")):
+        watched = blocks if seen < rank_tokens else []
+        if i % world != rank and not watched:
+            continue
+        batch = placed(batch, model)
+        seen += int(batch["real"].sum())
+        def see(name, before, after, real=batch["real"]):
+            states.setdefault(name, []).append(after[real])
+        with torch.no_grad(), watch(model, watched, see):
+            hidden, labels = last_hidden(model, batch)[:, :-1], batch["labels"][:, 1:]
+            counts = (labels != -100) & (i % world == rank)
             for h, target in zip(hidden[counts].split(512), labels[counts].split(512)):
-                total += F.cross_entropy(model.lm_head(h).float(), target, reduction="sum").item()
-            count += int(counts.sum())
-    loss = total / max(1, count)
+                loss = F.cross_entropy(model.lm_head(h).float(), target, reduction="sum")
+                totals += torch.tensor([loss.item(), len(target)])
+    add_up(totals)
+    loss = (totals[0] / totals[1].clamp_min(1)).item()
     if not math.isfinite(loss):
-        raise FloatingPointError("the held-out loss is not finite: try a lower learning rate")
+        raise FloatingPointError("the held-out loss is not finite: try a lower --learning-rate")
     rows = [torch.cat(states[name])[:rank_tokens].float() for name in blocks]
+    units, count = [F.normalize(each, dim=-1) for each in rows], len(rows[0])
+    same = [each.sum(0).square().sum().item() for each in units]  # cosines of all pairs, and selves
     return {
-        "loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": count,
-        "erank": [effective_rank(h) for h in rows],
-        "erank_normalised": [effective_rank(F.normalize(h, dim=-1)) for h in rows],
-    }  # fmt: skip
+        "loss": loss, "perplexity": math.exp(min(loss, 700)), "labels": int(totals[1]),
+        "erank": [effective_rank(each) for each in rows],
+        "erank_normalised": [effective_rank(each) for each in units],
+        "similarity": [(each - count) / (count * (count - 1)) for each in same]}
 
+def singular_values(student):
+    """Singular values, over their mean, of at most 16 projections: (matrices, d_s) (§4)."""
+    chosen = list(student.projections.values())[:: math.ceil(len(student.projections) / 16)]
+    values = torch.stack([torch.linalg.svdvals(each.detach()) for each in chosen])
+    return values / values.mean(1, keepdim=True)
 
-def singular_spread(student):
-    """Standard deviation / mean of each projection's singular values, mean over projections (§4).
-
-    0 for a start with selection matrices or orthonormal ones; it grows as few directions win.
-    """
-    values = [torch.linalg.svdvals(each.detach()) for each in student.projections.values()]
-    return sum((v.std(correction=0) / v.mean()).item() for v in values) / len(values)
-
-
-def generate(model, tokenizer, prompts, new_tokens, stop=None):
-    """Greedy continuations of a list of prompts, as text without special tokens."""
+def generate(model, tokenizer, prompts, new_tokens, stop=None, batch_size=256):
+    """Greedy continuations of all prompts, a list of texts, shared out over processes."""
+    rank, world = rank_and_world()
     tokenizer = copy.deepcopy(tokenizer)  # the caller's own is exported as it came
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    batch = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-    output = model.generate(
-        **batch, max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None,
-        top_k=None, pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer,
-    )  # fmt: skip
-    prompt = batch["input_ids"].shape[1]
-    return tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
-
+    mine, answers = prompts[rank::world], []
+    for i in shown(range(0, len(mine), batch_size), "generate"):
+        chosen = mine[i : i + batch_size]
+        batch = tokenizer(chosen, return_tensors="pt", padding=True).to(model.device)
+        output = model.generate(
+            **batch, max_new_tokens=new_tokens, do_sample=False, temperature=None, top_p=None,
+            top_k=None, pad_token_id=tokenizer.pad_token_id, stop_strings=stop, tokenizer=tokenizer)
+        prompt = batch["input_ids"].shape[1]
+        answers += tokenizer.batch_decode(output[:, prompt:], skip_special_tokens=True)
+    parts = gather(answers)
+    return [parts[i % world][i // world] for i in range(len(prompts))]
 
 def task_scores(config, tokenizer):
     """`--eval` -> a function of a model that returns its scores, a dict ({} for `none`)."""
@@ -1052,69 +929,51 @@ def task_scores(config, tokenizer):
         if set(TINY_ALPHABET) - set(tokenizer.get_vocab()):
             raise UserError("--eval chains needs a teacher of the tiny world, such as OUT/teacher.")
         return lambda model: chain_scores(model, tokenizer)
-
     def first(source, flag, count):
-        return list(itertools.islice(readable(open_documents(source, flag), source), count))
-
+        problems = list(itertools.islice(readable(open_documents(source, flag), source), count))
+        if not all({"question", "answer"} <= each.keys() for each in problems):
+            raise UserError(f"{source} lacks `question` or `answer`, the fields of GSM8K.")
+        return problems
     problems = config.eval_data or "openai/gsm8k:main:test"
     problems = first(problems, "--eval-data", config.eval_limit)
     shots = first(config.eval_shots_data or "openai/gsm8k:main:train", "--eval-shots-data", 5)
-    if not all({"question", "answer"} <= each.keys() for each in problems + shots):
-        raise UserError("GSM8K data needs the fields `question` and `answer`.")
     return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
 
-
-def gsm8k_scores(model, tokenizer, problems, shots, batch_size=16):
-    """GSM8K accuracy, scored as lm-evaluation-harness 0.4 scores its task `gsm8k` (§6).
-
-    problems, shots: lists of dicts of `question` and `answer`; the same shots for all problems (the
-    harness's `first_n` sampler). Returns `strict` and `flexible`, the accuracies by its two ways to
-    read an answer, and `problems`: the answers, extractions and verdicts.
-    """
+def gsm8k_scores(model, tokenizer, problems, shots):
+    """GSM8K as lm-evaluation-harness 0.4 scores it (§6): `strict` and `flexible` accuracy, by its
+    two ways to read an answer, and `problems`, the verdicts. Both lists: `question`, `answer`."""
     patterns = {"strict": r"#### (\-?[0-9\.\,]+)", "flexible": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
     stop = ["Question:", "</s>", "<|im_end|>"]
-
     def ask(problem):
         return f"Question: {problem['question']}\nAnswer:"
-
     def clean(text):
         for pattern in (",", r"\$", r"(?s).*#### ", r"\.$"):
             text = re.sub(pattern, "", text)
         return text.lower()
-
-    before = "".join(f"{ask(shot)} {shot['answer']}\n\n" for shot in shots)
-    verdicts = []
-    for i in tqdm(range(0, len(problems), batch_size), desc="gsm8k", leave=False, delay=2):
-        chosen = problems[i : i + batch_size]
-        answers = generate(model, tokenizer, [before + ask(each) for each in chosen], 256, stop)
-        for problem, answer in zip(chosen, answers):
-            answer = re.split("|".join(map(re.escape, stop)), answer)[0]
-            verdict = {"question": problem["question"], "answer": answer}
-            verdict["target"] = clean(problem["answer"])
-            for kind, pattern in patterns.items():
-                found = [match[match.lastindex] for match in re.finditer(pattern, answer)]
-                which = 0 if kind == "strict" else -1  # the first `####`, but the last number
-                verdict[kind] = found[which].strip() if found else "[invalid]"
-                verdict[f"{kind}_correct"] = clean(verdict[kind]) == verdict["target"]
-            verdicts.append(verdict)
+    before, verdicts = "".join(f"{ask(shot)} {shot['answer']}\n\n" for shot in shots), []
+    prompts = [before + ask(problem) for problem in problems]
+    for problem, answer in zip(problems, generate(model, tokenizer, prompts, 256, stop, 16)):
+        verdict = {"question": problem["question"], "target": clean(problem["answer"])}
+        verdict["answer"] = answer = re.split("|".join(map(re.escape, stop)), answer)[0]
+        for kind, pattern in patterns.items():
+            found = [match[match.lastindex] for match in re.finditer(pattern, answer)]
+            which = 0 if kind == "strict" else -1  # the first `####`, but the last number
+            verdict[kind] = found[which].strip() if found else "[invalid]"
+            verdict[f"{kind}_correct"] = clean(verdict[kind]) == verdict["target"]
+        verdicts.append(verdict)
     right = {kind: [verdict[f"{kind}_correct"] for verdict in verdicts] for kind in patterns}
-    scores = {kind: sum(each) / max(1, len(each)) for kind, each in right.items()}
-    return scores | {"problems": verdicts}
-
+    return {kind: statistics.fmean(each) for kind, each in right.items()} | {"problems": verdicts}
 
 # ==== The tiny world ==========================================================================
-# A world small enough to train a teacher in half a minute, with the paper's contrast in it: lines
-# of arithmetic modulo 10 that need a chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60
-# fixed pairs that need none (recall), `abcd:wxyz`. Characters are tokens; only answers are labels.
+# A teacher in half a minute, with the paper's contrast in it: arithmetic modulo 10 that needs a
+# chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60 fixed pairs that need none (recall),
+# `abcd:wxyz`. Characters are tokens; only answers are labels.
 
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
-TINY_PAIRS = [
-    ["".join(random.Random(2 * i + side).choices(TINY_ALPHABET[18:44], k=4) + [":\n"[side]])
-     for side in (0, 1)] for i in range(60)
-]  # fmt: skip
+TINY_WORDS = ["".join(random.Random(i).choices(TINY_ALPHABET[18:44], k=4)) for i in range(120)]
+TINY_PAIRS = [(f"{a}:", f"{b}\n") for a, b in zip(TINY_WORDS[::2], TINY_WORDS[1::2])]
 TINY_STEPS = (1, 2, 3, 4, 5)
 TINY_TEACHER_STEPS = 1500
-
 
 def arithmetic_problem(steps, generator):
     """A random problem of `steps` operations modulo 10, as (prompt, answer) text."""
@@ -1127,90 +986,67 @@ def arithmetic_problem(steps, generator):
         prompt, value = prompt + f"{sign}{operand}", result
     return f"{prompt}=?", f"{';'.join(chain)}#{value}\n"
 
-
-def tiny_batches(batch_size, seq_len, seed, device):
+def tiny_batches(batch_size, seq_len, seed):
     """An endless iterator of batches of tiny-world lines; only answers are labels."""
     generator = random.Random(seed)
-    index = {character: i for i, character in enumerate(TINY_ALPHABET)}
     while True:
-        ids, labels = [], []
+        rows = []
         for _ in range(batch_size):
-            row, row_labels = [], []
+            row = []  # (token, label) pairs
             while len(row) < seq_len:
                 if generator.random() < 0.25:
                     prompt, answer = generator.choice(TINY_PAIRS)
                 else:
                     prompt, answer = arithmetic_problem(generator.choice(TINY_STEPS), generator)
-                answer = [index[character] for character in answer]
-                row += [index[character] for character in prompt] + answer
-                row_labels += [-100] * len(prompt) + answer
-            ids.append(row[:seq_len])
-            labels.append(row_labels[:seq_len])
-        ids, labels = torch.tensor([ids, labels], device=device)
+                row += [(TINY_ALPHABET.index(character), -100) for character in prompt]
+                row += [(TINY_ALPHABET.index(character),) * 2 for character in answer]
+            rows.append(row[:seq_len])
+        ids, labels = torch.tensor(rows).unbind(-1)
         yield {"input_ids": ids, "labels": labels}
-
 
 def tiny_tokenizer():
     """The tiny world's characters as an ordinary transformers tokenizer, which saves and loads."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {character: i for i, character in enumerate(TINY_ALPHABET)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="\n", clean_up_tokenization_spaces=False
-    )
-
+    words = {"eos_token": "\n", "clean_up_tokenization_spaces": False}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **words)
 
 def chain_scores(model, tokenizer, problems=200):
-    """Exact answers on the tiny world: recall, and accuracy by number of steps, from 0 to 1.
-
-    An arithmetic answer is right if the digit after `#` is: `chains` is a list over TINY_STEPS of
-    `problems` problems each; `example` is the model's answer to one problem of the longest kind.
-    """
+    """Exact answers, from 0 to 1: `recall`, `chains` over TINY_STEPS (by the digit after `#`)."""
     generator = random.Random(12345)  # the same problems for every model, whatever the run's seed
-    answers = generate(model, tokenizer, [prompt for prompt, _ in TINY_PAIRS], 5)
-    right = [answer.strip() == pair[1].strip() for answer, pair in zip(answers, TINY_PAIRS)]
-    scores = {"recall": sum(right) / len(right), "chains": []}
-    for steps in TINY_STEPS:
-        asked = [arithmetic_problem(steps, generator) for _ in range(problems)]
-        answers = generate(model, tokenizer, [prompt for prompt, _ in asked], 6 * steps + 3)
-        right = [
-            answer.strip().rpartition("#")[2] == truth.strip().rpartition("#")[2]
-            for answer, (_, truth) in zip(answers, asked)
-        ]
-        scores["chains"].append(sum(right) / problems)
-    scores["example"] = {"prompt": asked[0][0], "truth": asked[0][1].strip(), "answer": answers[0]}
-    return scores
-
+    groups = [[arithmetic_problem(n, generator) for _ in range(problems)] for n in TINY_STEPS]
+    scores = []
+    for group in [TINY_PAIRS, *groups]:
+        prompts, truths = zip(*group)
+        answers = generate(model, tokenizer, list(prompts), max(map(len, truths)))
+        last = [[text.strip().rpartition("#")[2] for text in pair] for pair in zip(answers, truths)]
+        scores.append(sum(answer == truth for answer, truth in last) / len(last))
+    example = {"prompt": prompts[0], "truth": truths[0].strip(), "answer": answers[0].strip()}
+    return {"recall": scores[0], "chains": scores[1:], "example": example}
 
 def tiny_values():
     """The content of tiny_config.json, a dict; UserError where it is broken or makes no teacher."""
-    try:
+    with explained(f"{TINY_CONFIG.name} makes no teacher ({{}})."), torch.device("meta"):
         values = json.loads(TINY_CONFIG.read_text())
-        config = AutoConfig.for_model(**values)
-        if config.model_type not in FAMILIES or config.vocab_size != len(TINY_ALPHABET):
-            size, families = len(TINY_ALPHABET), ", ".join(FAMILIES)
-            raise ValueError(f"vocab_size must be {size}, and model_type one of {families}")
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers has its own class for each mismatch
-        raise UserError(f"{TINY_CONFIG.name} makes no teacher ({first_line(error)}).") from error
+        config, size = AutoConfig.for_model(**values), len(TINY_ALPHABET)
+        if config.model_type not in FAMILIES or config.vocab_size != size:
+            raise ValueError(f"vocab_size must be {size}, model_type one of {', '.join(FAMILIES)}")
+        AutoModelForCausalLM.from_config(config)
     return values
-
 
 def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
     """Train the tiny world's teacher, a frozen model, from random weights; values: its config's."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(**values)
-    teacher = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).float().to(device)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
-    stream = tiny_batches(16, 48, seed, device)  # 48 characters hold any one line
-    bar = tqdm(range(steps), desc="train teacher", leave=False)
+    stream = tiny_batches(16, 48, seed)  # 48 characters hold any one line
+    bar = shown(range(steps), "train teacher", delay=0)
     for _ in bar:
-        batch = next(stream)
+        batch = placed(next(stream), teacher)
         targets = batch["labels"][:, 1:]
         logits = teacher.lm_head(last_hidden(teacher, batch)[:, :-1][targets != -100])
         loss = F.cross_entropy(logits, targets[targets != -100])
@@ -1222,49 +1058,34 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return teacher.eval().requires_grad_(False)
 
-
-def tiny_task(config, device, dtype, folder):
-    """The Task of the tiny world. Its teacher is kept in `folder`, and reused where it fits."""
-    values, note = tiny_values(), folder / "teacher.json"
-    identity = {"config": values, "seed": config.seed, "steps": TINY_TEACHER_STEPS}
-    if note.is_file() and json.loads(note.read_text()) == identity:
-        say("teacher", f"reused from {folder}")
-        teacher, tokenizer = load_teacher(str(folder), device=device)  # always trained in float32
-    else:
+def kept_tiny_teacher(folder, seed, device, dtype):
+    """The tiny world's teacher and its tokenizer, out of `folder`, trained first if need be."""
+    if rank_and_world()[0] == 0 and not folder.exists():
         say("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
-        teacher, tokenizer = tiny_teacher(values, config.seed, device), tiny_tokenizer()
         with replacing(folder) as fresh:
-            teacher.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-            write_json(fresh / note.name, identity)
+            tiny_teacher(tiny_values(), seed, device).save_pretrained(fresh)
+            tiny_tokenizer().save_pretrained(fresh)
+    gather()
+    return load_teacher(str(folder), dtype=dtype, device=device)
 
-    def batches(purpose, count, batch_size):
-        lines = tiny_batches(batch_size, config.seq_len, f"{purpose} {config.seed}", device)
-        return itertools.islice(lines, count)
-
-    calibration = list(batches("calibration", config.calibration_samples, 1))
-    held_out, measure = list(batches("held out", 2, 64)), task_scores(config, tokenizer)
-    stream = functools.partial(batches, "training", None, config.batch_size)
-    return Task(teacher.to(dtype), tokenizer, calibration, held_out, stream, measure)
-
+def tiny_task(config, teacher, tokenizer):
+    """The Task of the tiny world's own lines, for its own teacher or another that knows them."""
+    def lines(purpose, batch_size):
+        return tiny_batches(batch_size, config.seq_len, f"{purpose} {config.seed}")
+    def stream(position=None):
+        rank, world = rank_and_world()
+        mine = itertools.islice(lines("training", config.batch_size), rank, None, world)
+        for number, batch in enumerate(mine, 1):
+            if number > (position or 0):
+                yield batch | {"position": number}
+    return types.SimpleNamespace(
+        teacher=teacher, tokenizer=tokenizer, stream=stream, measure=task_scores(config, tokenizer),
+        calibration=list(itertools.islice(lines("calibration", 1), config.calibration_samples)),
+        held_out=list(itertools.islice(lines("held out", 64), 2)))
 
 # ==== Comparing methods =======================================================================
-# A run is one or more students of the same teacher, width, data, steps, loss and optimiser, which
-# differ in how their projections start. Each has a folder of its own, written so that what is
-# finished is reused, what is not is done again, and nothing of anyone else is touched.
-
-
-def say(what, text):
-    """One line of the announcement or of progress."""
-    tqdm.write(f"{what:<12} {text}")
-
-
-def write_json(path, value):
-    """Write beside and rename, so that the file is never half there."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
-
+# Students of one teacher differ in how their projections start, and in nothing else. Each has a
+# folder of its own: what is finished is reused, what is not goes on, a stranger's is not touched.
 
 @contextlib.contextmanager
 def replacing(folder):
@@ -1272,208 +1093,373 @@ def replacing(folder):
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    yield beside
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    try:
+        yield beside
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
+def write_json(path, value):
+    """Write beside and rename, so that the file is never half there; by the first process alone."""
+    if rank_and_world()[0] > 0:
+        return
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(beside, path)
 
-def claim(folder, settings, overwrite):
-    """Whether `folder` holds a finished run of these settings; UserError where it is not free."""
+def settings_of(config, shared=False):
+    """What makes a run this one and no other, a dict; shared: what several students have alike."""
+    ignored = "out overwrite device save_every measure_every seeds benchmark benchmark_config"
+    ignored += " methods temperature learning_rate seed" * shared
+    settings = dataclasses.asdict(config) | {"program": "red.py", "processes": rank_and_world()[1]}
+    if not config.model and not config.eval_only:
+        settings["tiny_config"] = tiny_values()
+    return {name: value for name, value in settings.items() if name not in ignored.split()}
+
+def claim(config, shared=False):
+    """Whether --out holds this run, finished; UserError where it holds anything else."""
+    folder, settings = Path(config.out), settings_of(config, shared)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--out {folder} cannot be made: {there} is a file, or not yours to write.")
-    if not folder.exists() or all((each / "teacher.json").is_file() for each in folder.iterdir()):
-        return False  # new, empty, or broken off after the tiny world's teacher
-    try:
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    with explained(f"{folder} holds files of no run of RED; name another --out."):
         stored = json.loads((folder / "settings.json").read_text())
-        if stored["program"] != "red.py":
-            raise ValueError
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} holds files of no run of RED; name another --out.") from error
-    different = sorted(k for k in stored.keys() | settings if stored.get(k) != settings.get(k))
-    if different and not overwrite:
-        raise UserError(
-            f"{folder} holds a run with other settings (different: {', '.join(different)}); name "
-            "another --out, or pass --overwrite to replace it."
-        )
-    return not overwrite and (folder / "summary.json").is_file()
+        assert stored["program"] == "red.py"
+    finished = (folder / "summary.json").is_file()  # then the number of processes does not matter
+    names = (stored.keys() | settings) - ({"processes"} if finished else set())
+    different = ", ".join(sorted(k for k in names if stored.get(k) != settings.get(k)))
+    if different and not config.overwrite:
+        advice = "name another --out, or pass --overwrite to replace it."
+        raise UserError(f"{folder} holds a run with other settings ({different}); {advice}")
+    return finished and not config.overwrite
 
-
-def prepare(folder, settings):
-    """Rid the folder of an earlier run's results, and then, not before, call it a run of these."""
+def prepare(config, shared=False):
+    """Call --out this run, once it is rid of the results of any other."""
+    folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("summary.json", "metrics.jsonl", "selection.json", "gsm8k.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "student", ignore_errors=True)
-    write_json(folder / "settings.json", settings)
+    if config.overwrite or not (folder / "settings.json").is_file():  # else `claim` compared them
+        for path in folder.glob("*.json*"):
+            path.unlink()
+        for name in ("student", "checkpoints"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        write_json(folder / "settings.json", settings_of(config, shared))
 
-
-def model_card(task, hidden_size, method, tokens):
+def model_card(config, tokens):
     """The short README.md of an exported student; the licence is what the teacher's card names."""
+    name = config.model or "the tiny world"
     try:
-        card = Path(task.name) / "README.md" if Path(task.name).is_dir() else task.name
+        card = Path(name) / "README.md" if Path(name).is_dir() else name
         licence = huggingface_hub.ModelCard.load(card).data.get("license")
     except Exception:  # no card, no front matter, no network: the licence stays unknown
         licence = None
     return f"""---
-base_model: {task.name}
+base_model: {name}
 library_name: transformers
 license: {licence or "other"}
 ---
-
-# {task.name}, compressed from hidden width {task.teacher.config.hidden_size} to {hidden_size}
-
-Distilled with projections around the teacher's frozen weights (method `{method}`) on {tokens:,}
-tokens of {task.data}, and merged: it loads with plain transformers. The teacher's licence,
-{licence or "which its own page names"}, applies to it.
+A narrower {name}, distilled on {tokens:,} tokens of {config.data or "its own lines"} through
+projections around the teacher's frozen weights (method `{config.methods[0]}`), and merged: it loads
+with plain transformers. Its licence is the teacher's.
 """
 
-
-def set_up(config, device, dtype, folders):
-    """The Task and the Calibration of a run, and what it will do, said before it is done."""
+def set_up(config, home, folders):
+    """The task and the calibration of one seed's students, and what is to be done, announced.
+    folders: what `prepare` is called with when the input is known to be good, not before."""
+    device, dtype = resolve_device(config)
     if config.model:
         teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
         hidden_size = student_width(config, teacher.config)
-        task = text_task(config, teacher, tokenizer, device)
+        task = (text_task if config.data else tiny_task)(config, teacher, tokenizer)
     else:
         hidden_size = student_width(config, AutoConfig.for_model(**tiny_values()))
-        task = tiny_task(config, device, dtype, Path(config.out) / "teacher")
-    teacher = task.teacher
-    width, kind = teacher.config.hidden_size, teacher.config.model_type
+    gather()  # all processes have looked at the folders
+    if rank_and_world()[0] == 0:
+        for words in folders:
+            prepare(*words)
+        if config.overwrite:
+            shutil.rmtree(home / "teacher", ignore_errors=True)
+    if not config.model:
+        teacher, tokenizer = kept_tiny_teacher(home / "teacher", config.seed, device, dtype)
+        task = tiny_task(config, teacher, tokenizer)
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
     large, small = teacher.num_parameters(), student.num_parameters()
+    width, world = teacher.config.hidden_size, rank_and_world()[1]
     learn = len(projected_matrices(teacher)) * width * hidden_size
-    learn += len(stream_norms(teacher)) * hidden_size
     tokens = config.batch_size * config.seq_len
     # Teacher, made weights and their gradients; for what trains the value, gradient and Adam's two
     # moments; the aligned activations, thrice; chunks of logits; Python and its libraries.
-    memory = teacher.dtype.itemsize * (large + 2 * small) + 16 * learn
-    aligned = [teacher.get_submodule(name).out_features for name in aligned_modules(teacher)]
-    memory += teacher.dtype.itemsize * 3 * tokens * sum(aligned) + 24 * 2**24 + 0.7 * 2**30
-    total = config.steps * config.grad_accum * tokens
-    asked = f"{config.hidden_size or config.ratio}, in steps of {width_step(teacher.config)}"
-    say("teacher", f"{task.name}: {kind}, width {width}, {large:,} parameters")
-    say("student", f"width {hidden_size} (asked: {asked}), {small:,} parameters, {learn:,} learn")
-    say("methods", ", ".join(f"{label} -> {folder}" for label, folder in folders.items()))
-    say("training", f"{config.steps:,} steps, {total:,} tokens of {task.data}")
-    say("machine", f"{teacher.device}, {teacher.dtype}; about {memory / 2**30:.1f} GiB of memory")
+    aligned = sum(teacher.get_submodule(name).out_features for name in aligned_modules(teacher))
+    memory = teacher.dtype.itemsize * (large + 2 * small + 3 * tokens * aligned)
+    memory = (memory + 16 * learn + 24 * 2**24) / 2**30 + 0.7
+    say("teacher", f"{config.model or 'tiny'}: {teacher.config.model_type}, {large:,} parameters")
+    say("student", f"width {width} -> {hidden_size}, {small:,} parameters, {learn:,} learn")
+    total, source = tokens * config.steps * config.grad_accum * world, config.data or "its lines"
+    say("training", f"{config.steps:,} steps, {total:,} tokens of {source}")
+    say("machine", f"{world} x {device}, {dtype}; about {memory:.1f} GiB of memory each")
     calibration = calibrate(teacher, task.calibration, hidden_size, config.importance)
     trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
     say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")
     return task, calibration
 
-
-def train_student(config, task, calibration, own, folder):
-    """One student from its start to what stays of it in `folder`; returns its summary, a dict."""
-    started = time.perf_counter()
-    teacher, hidden_size = task.teacher, len(calibration.channels)
-    method, temperature = own["method"], own["temperature"]
+def train_student(config, task, calibration, teacher_row):
+    """One student, from its start or its last checkpoint, to its summary, a dict; all in --out."""
+    folder, leads = Path(config.out), rank_and_world()[0] == 0
+    teacher, hidden_size, method = task.teacher, len(calibration.channels), config.methods[0]
     student = new_student(method, teacher, hidden_size, calibration, config.seed)
+    for parameter in student.parameters() if rank_and_world()[1] > 1 else ():
+        torch.distributed.broadcast(parameter.data, 0)  # GPUs may differ in the last digit
     if method == "red":
-        selection = {"statistic": config.importance, "halves_agree": calibration.overlap}
+        found = {"statistic": config.importance, "halves_agree": calibration.overlap}
         for name in ("channels", "importance"):
-            selection[name] = getattr(calibration, name).tolist()
-        write_json(folder / "selection.json", selection)
-    initial = evaluate(student.model, task.held_out)
-    with open(folder / "metrics.jsonl", "w", buffering=1) as metrics:
+            found[name] = getattr(calibration, name).tolist()
+        write_json(folder / "selection.json", found)
+    optimizer = torch.optim.Adam(student.parameters(), fused=True)
+    first, position = load_checkpoint(folder / "checkpoints", student, optimizer)
+    metrics, noted = folder / "metrics.jsonl", []
+    history = [json.loads(line) for line in metrics.read_text().splitlines()] if first else []
+    history = [record for record in history if record["step"] <= first]  # the rest comes again
+    gather()
+    if leads:
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in history))
+    def write(record, measure):
+        if measure:
+            with torch.no_grad():
+                student.make_weights()
+            record["held_out"] = evaluate(student.model, task.held_out)
+            values = singular_values(student).mean(0)[[0, hidden_size // 2, -1]]
+            record["singular_values"] = values.tolist()  # largest, middle, smallest
+        history.append(record)
+        if leads:
+            with open(metrics, "a") as file:
+                file.write(json.dumps(record) + "\n")
+    def after_step(record, position):
+        step, stop = record["step"], torch.tensor(len(noted))
+        due = {n: n and (step == config.steps or step % n == 0) for n in periods}
+        add_up(stop)  # all processes stop together
+        write(record, due[config.measure_every])
+        if stop or due[config.save_every]:
+            save_checkpoint(folder / "checkpoints", step, student, optimizer, position)
+        if stop:
+            raise KeyboardInterrupt
+    def note(number, frame):  # a first signal ends the run after its step, a second at once
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    periods = (config.measure_every, config.save_every)
+    if not history:
+        write({"step": 0, "tokens": 0}, True)
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
         distill(
-            teacher, student, iter(task.stream()), config.steps, config.learning_rate, temperature,
-            config.alpha, calibration.scales if config.alignment == "relative" else None,
-            config.grad_accum, lambda record: metrics.write(json.dumps(record) + "\n"), folder.name,
-        )  # fmt: skip
-    tokens = config.steps * config.grad_accum * config.batch_size * config.seq_len
-    with replacing(folder / "student") as fresh:
-        student.export(fresh, task.tokenizer)
-        (fresh / "README.md").write_text(model_card(task, hidden_size, method, tokens))
+            teacher, student, ahead(task.stream(position)), config.steps, config.learning_rate[0],
+            config.temperature[0], config.alpha,
+            calibration.scales if config.alignment == "relative" else None, config.orthogonality,
+            config.grad_accum, optimizer, first, after_step, folder.name)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if leads:
+        with replacing(folder / "student") as fresh:
+            student.export(fresh, task.tokenizer)
+            (fresh / "README.md").write_text(model_card(config, history[-1]["tokens"]))
+    gather()
     # What is measured is what was written: the checkpoint, opened as anyone would open it.
-    exported = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=teacher.dtype)
-    exported = exported.to(teacher.device).eval()
+    exported, _ = load_teacher(str(folder / "student"), None, teacher.dtype, teacher.device)
     summary = {
-        "method": method, "temperature": temperature, "hidden_size": hidden_size, "tokens": tokens,
-        "parameters": exported.num_parameters(), "singular_spread": singular_spread(student),
-        **evaluate(exported, task.held_out), **task.measure(exported), "initial": initial,
-    }  # fmt: skip
-    if problems := summary.pop("problems", None):
-        lines = "".join(json.dumps(problem) + "\n" for problem in problems)
-        (folder / "gsm8k.jsonl").write_text(lines)
-    return summary | {"seconds": time.perf_counter() - started}
+        "method": method, "temperature": config.temperature[0], "tokens": history[-1]["tokens"],
+        "learning_rate": config.learning_rate[0], "initial": history[0]["held_out"],
+        "skipped": sum(record.get("skipped", False) for record in history),
+        "singular_spread": singular_values(student).std(1, correction=0).mean().item(),
+        "teacher": teacher_row, **measured(exported, task, folder)}
+    write_json(folder / "summary.json", summary)
+    return summary
 
+def measured(model, task, folder, name="gsm8k.jsonl"):
+    """Everything that is measured on a finished model, a dict; GSM8K's answers go to a file."""
+    result = evaluate(model, task.held_out) | task.measure(model)
+    result |= {"hidden_size": model.config.hidden_size, "parameters": model.num_parameters()}
+    if (problems := result.pop("problems", None)) and rank_and_world()[0] == 0:
+        (folder / name).write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    return result
 
 def table(rows):
-    """Summaries (label -> dict) as text. eRank N: of the raw stream after block N (of width)."""
-
+    """Summaries, label -> list of dicts (one a seed), as text: the mean, and ± the deviation."""
     def cells(row):
-        yield "parameters", f"{row['parameters'] / 1e6:,.2f}M"
-        yield "held-out loss", f"{row['loss']:.3f}"
-        for key in ("recall", "strict", "flexible"):
-            if key in row:
-                yield key, f"{row[key]:.0%}"
+        yield "parameters", "{:,.2f}M", row["parameters"] / 1e6
+        yield "held-out loss", "{:.3f}", row["loss"]
+        for key in sorted(row.keys() & {"recall", "strict", "flexible"}):
+            yield key, "{:.0%}", row[key]
         for steps, score in zip(TINY_STEPS, row.get("chains", ())):
-            yield f"{steps} step{'s' * (steps > 1)}", f"{score:.0%}"
-        yield "spread", f"{row['singular_spread']:.2f}" if "singular_spread" in row else "-"
+            yield f"{steps} step{'s' * (steps > 1)}", "{:.0%}", score
+        yield "spread", "{:.2f}", row.get("singular_spread", 0.0)
         last = len(row["erank"])
         for block in sorted({max(1, round(last * part / 6)) for part in range(1, 7)}):
-            rank = row["erank"][block - 1]
-            yield f"eRank {block}", f"{rank:.0f} ({rank / row['hidden_size']:.0%})"
-
-    lines = [["", *(title for title, _ in cells(next(iter(rows.values()))))]]
-    lines += [[label, *(text for _, text in cells(row))] for label, row in rows.items()]
+            yield f"eRank {block}", "{:.0f}", row["erank"][block - 1]
+    lines = [["", *(title for title, _, _ in cells(next(iter(rows.values()))[0]))]]
+    for label, several in rows.items():
+        lines.append([label])
+        for same in zip(*map(cells, several)):
+            form, values = same[0][1].format, [value for _, _, value in same]
+            spread = f"±{form(statistics.stdev(values))}" if len(values) > 1 else ""
+            lines[-1].append(form(statistics.fmean(values)) + spread)
     widths = [max(map(len, column)) for column in zip(*lines)]
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("  ".join(line) for line in padded)
 
+def train_all(config, out):
+    """Every method with every seed: label -> list of summaries, the teacher's first."""
+    cells, seeds = {}, range(config.seed, config.seed + config.seeds)
+    homes = {seed: out / f"seed-{seed}" if config.seeds > 1 else out for seed in seeds}
+    for seed in seeds:
+        for method, heat, rate in zip(config.methods, config.temperature, config.learning_rate):
+            label = f"{method}-T{heat:g}" if (seed, method) in cells else method
+            own = {"methods": [method], "temperature": [heat], "learning_rate": [rate]}
+            place = str(homes[seed] / label if len(config.methods) > 1 else homes[seed])
+            cells[seed, label] = dataclasses.replace(config, seed=seed, out=place, **own)
+    if many := len(cells) > 1:
+        claim(config, shared=True)
+    done = [(cell, Path(own.out) / "summary.json") for cell, own in cells.items() if claim(own)]
+    done = {cell: json.loads(path.read_text()) for cell, path in done}
+    for seed in seeds:
+        todo = {cell: own for cell, own in cells.items() if cell[0] == seed and cell not in done}
+        if todo:
+            folders = [(config, True)] * many + [(own,) for own in todo.values()]
+            task, calibration = set_up(next(iter(todo.values())), homes[seed], folders)
+            teacher = measured(task.teacher, task, homes[seed], "gsm8k-teacher.jsonl")
+        for cell, own in todo.items():
+            done[cell] = train_student(own, task, calibration, teacher)
+            say("student", f"{cell[1]}: held-out loss {done[cell]['loss']:.3f} -> {own.out}")
+    rows = {label: [done[seed, label] for seed in seeds] for _, label in cells}
+    rows = {"teacher": [row["teacher"] for row in next(iter(rows.values()))]} | rows
+    if many:
+        write_json(out / "summary.json", rows)
+    return rows
+
+def measure_checkpoints(config, out):
+    """--eval-only: the checkpoint, and before it --model where that is given: name -> [summary]."""
+    device, dtype = resolve_device(config)
+    rows = {}
+    if claim(config):
+        return json.loads((out / "summary.json").read_text())
+    for name in filter(None, (config.model, config.eval_only)):
+        model, tokenizer = load_teacher(name, config.revision, dtype, device)
+        task = (text_task if config.data else tiny_task)(config, model, tokenizer)
+        gather()
+        if not rows and rank_and_world()[0] == 0:
+            prepare(config)
+        file = "gsm8k.jsonl" if name == config.eval_only else "gsm8k-teacher.jsonl"
+        rows[name] = [measured(model, task, out, file)]
+    write_json(out / "summary.json", rows)
+    return rows
 
 def run(config):
     """Everything that one command line asks for (§6)."""
-    device, dtype = resolve_device(config)
-    out, several = Path(config.out), len(config.methods) > 1
-    shared = dataclasses.asdict(config) | {"program": "red.py"}
-    for name in ("out", "overwrite", "device", "methods", "temperature"):
-        del shared[name]  # these do not change a student, or belong to one of several
-    if not config.model:
-        shared["tiny_config"] = tiny_values()
-    runs, done = {}, {}  # label -> (folder, settings), and -> summary
-    for method, temperature in zip(config.methods, config.temperature):
-        label = f"{method}-T{temperature:g}" if method in runs else method
-        own = shared | {"method": method, "temperature": temperature}
-        runs[label] = (out / label if several else out, own)
-    if several:
-        claim(out, shared, config.overwrite)
-    for label, (folder, own) in runs.items():
-        if claim(folder, own, config.overwrite):
-            done[label] = json.loads((folder / "summary.json").read_text())
-            say("finished", f"{label}, reused from {folder}")
-    if len(done) < len(runs):
-        task, calibration = set_up(config, device, dtype, {k: v[0] for k, v in runs.items()})
-        teacher = {"hidden_size": task.teacher.config.hidden_size}
-        teacher["parameters"] = task.teacher.num_parameters()
-        teacher |= evaluate(task.teacher, task.held_out) | task.measure(task.teacher)
-        teacher.pop("problems", None)
-        if several:
-            prepare(out, shared)
-        for label, (folder, own) in runs.items():
-            if label not in done:
-                prepare(folder, own)
-        for label, (folder, own) in runs.items():
-            if label not in done:
-                row = train_student(config, task, calibration, own, folder)
-                done[label] = row | {"teacher": teacher}
-                write_json(folder / "summary.json", done[label])
-                say("student", f"{label}: held-out loss {row['loss']:.3f}, {row['seconds']:.0f} s")
-    rows = {"teacher": done[next(iter(runs))]["teacher"]} | {label: done[label] for label in runs}
-    if several:
-        write_json(out / "summary.json", rows)
-    print("\n" + table(rows))
-    if example := rows["teacher"].get("example"):
-        print(f"\n{example['prompt']}  (right: {example['truth']})")
-        for label, row in rows.items():
-            print(f"{label:<16}  {row['example']['answer'].strip()}")
+    if config.benchmark or config.benchmark_config:
+        return benchmark(config)
+    resolve_device(config)
+    rows = (measure_checkpoints if config.eval_only else train_all)(config, Path(config.out))
+    if rank_and_world()[0] == 0:
+        print("\n" + table(rows))
+    for label, (row, *_) in rows.items():
+        if example := row.get("example"):
+            say(label, f"{example['prompt']}{example['answer']}")
 
+# ==== Benchmark ===============================================================================
+# The step against its floor, the work that no such distillation can avoid, done by plain models:
+# in one process and in turns, because machines are noisy.
+
+def benchmark_work(config, alone=None):
+    """The device, and name -> a function that prepares a kind of work and returns it, a callable.
+    step: one optimiser step as in `distill`, data and all. floor: the teacher's forward without
+    gradient, and forward and backward of an ordinary student with plain cross-entropy.
+    alone: do one kind of work, twice, and return the peak memory of this process, in bytes."""
+    device, dtype = resolve_device(config)
+    if config.benchmark_config:
+        with explained(f"{config.benchmark_config} makes no teacher ({{}})."), torch.device(device):
+            values = AutoConfig.for_model(**json.loads(Path(config.benchmark_config).read_text()))
+            teacher = AutoModelForCausalLM.from_config(values, dtype=dtype)
+        teacher.eval().requires_grad_(False)
+    else:
+        teacher, _ = load_teacher(config.model, config.revision, dtype, device)
+    narrow = student_config(teacher.config, student_width(config, teacher.config))
+    def batches():
+        while True:
+            ids = torch.randint(narrow.vocab_size, (config.batch_size, config.seq_len))
+            yield {"input_ids": ids, "labels": ids}
+    def step():
+        few = [{"input_ids": next(batches())["input_ids"][:1, :16]}] * 2
+        calibration = calibrate(teacher, few, narrow.hidden_size)
+        student = new_student("red", teacher, narrow.hidden_size, calibration)
+        optimizer, stream = torch.optim.Adam(student.parameters(), fused=True), ahead(batches())
+        def work(mark=lambda part: None):
+            micro_batches = list(itertools.islice(stream, config.grad_accum))
+            mark("waiting for data")
+            training_step(teacher, student, micro_batches, scales=calibration.scales, mark=mark)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            mark("optimiser")
+        return work
+    def floor():
+        with torch.device(device):
+            ordinary = AutoModelForCausalLM.from_config(narrow, dtype=dtype).eval()
+        def work():
+            for batch in itertools.islice(batches(), config.grad_accum):
+                ids = batch["input_ids"].to(device)
+                with torch.no_grad():
+                    teacher(ids, use_cache=False)
+                ordinary(ids, labels=ids, use_cache=False).loss.backward()
+            ordinary.zero_grad()
+        return work
+    kinds = {"step": step, "floor": floor}
+    if alone:
+        work = kinds[alone]()
+        for _ in range(2):
+            work()
+    return peak_memory(device) if alone else (device, kinds)
+
+def benchmark(config, rounds=7):
+    """Print time, memory and FLOPs of a step, over those of its floor."""
+    memory, flops, times, last = {}, {}, {}, 0.0
+    for name in ("step", "floor"):  # first, while this process is small: children inherit its peak
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+            memory[name] = pool.submit(benchmark_work, config, name).result()
+    device, kinds = benchmark_work(config)
+    kinds = {name: prepare_it() for name, prepare_it in kinds.items()}
+    for name, work in kinds.items():  # also the warm-up
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops[name] = counter.get_total_flops()
+    def mark(part):
+        nonlocal last
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        last, begun = time.perf_counter(), last
+        spent[part] = spent.get(part, 0.0) + last - begun
+    for _ in shown(range(rounds), "benchmark", delay=0):
+        spent = {}
+        mark("")
+        for name, work in kinds.items():
+            work()
+            mark(name)
+        kinds["step"](mark=lambda part: mark("  " + part))
+        for name in filter(None, spent):
+            times.setdefault(name, []).append(spent[name])
+    middle = {name: statistics.median(each) for name, each in times.items()}
+    for name, each in times.items():
+        print(f"{name:<28}{middle[name]:9.3f} s  ({min(each):.3f} to {max(each):.3f})")
+    speed = config.batch_size * config.seq_len * config.grad_accum / middle["step"]
+    step, floor = (memory[name] / 2**30 for name in ("step", "floor"))
+    print(f"{speed:,.0f} tokens a second; peak memory {step:.2f} GiB, of the floor {floor:.2f} GiB")
+    ratio = [each["step"] / each["floor"] for each in (middle, memory, flops)]
+    print("step / floor: {:.2f} in time, {:.2f} in memory; FLOPs alone: {:.2f}".format(*ratio))
 
 # ==== Command line ============================================================================
 # One sentence and exit code 2 for what the user can mend; 1 where a run broke off.
-
 
 def main(arguments=None):
     """Run one command line (a list of words; None: sys.argv) and return its exit code."""
@@ -1482,19 +1468,19 @@ def main(arguments=None):
     transformers.logging.disable_progress_bar()
     try:
         run(parse_arguments(arguments))
-    except UserError as error:
-        print(f"red.py: {error}", file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"red.py: {first_line(error)}; what was finished is kept.", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError:
-        print("red.py: out of memory; try a smaller --batch-size or --seq-len.", file=sys.stderr)
-        return 1
+        return 0
     except KeyboardInterrupt:
-        return 130
-    return 0
-
+        code, text = 130, "interrupted; the same command goes on."
+    except UserError as error:
+        code, text = 2, str(error)
+    except (FloatingPointError, OSError, safetensors.SafetensorError) as error:
+        code, text = 1, f"{first_line(error)}; what was saved is kept, the same command goes on."
+    except torch.OutOfMemoryError:
+        code, text = 1, "out of memory; try a smaller --batch-size or --seq-len."
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(5)  # the first process says it, and torchrun then ends this one
+    print(f"red.py: {text}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
