@@ -74,7 +74,7 @@ class Config:
     """All settings of a run. A default in brackets is [tiny world | with --model]."""
 
     model: str = option(None, "teacher: a folder or a hub name; without it, the tiny world runs")
-    revision: str = option(None, "the hub revision of --model")
+    revision: str = option(None, "the hub revision of --model and --eval-only")
     ratio: float = option(None, "student width as a share of the teacher's, in (0, 1] [0.5]")
     hidden_size: int = option(None, "student width itself, instead of --ratio")
     methods: list[str] = option(None, "how projections start [red lrc lrc | red]", *METHODS)
@@ -198,7 +198,8 @@ def resolve_device(config):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if several and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group()
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend)
     half = config.dtype == "bfloat16" or config.dtype == "auto" and device.type == "cuda"
     return device, torch.bfloat16 if half else torch.float32
 
@@ -297,13 +298,14 @@ def training_batches(documents, tokenizer, config, position=None):
                 say("data", f"used up; repeated, shuffled anew (epoch {epoch + 1})")
             shuffled, number = documents.shuffle(seed=config.seed + epoch, buffer_size=2000), 0
             mine = split_dataset_by_node(shuffled, *rank_and_world(), strategy="examples")
-            for number, document in enumerate(readable(mine, config.data), 1):
+            for number, document in enumerate(mine, 1):
                 if epoch > first or number > skip:
                     yield (epoch, number), document
             if not number:
                 raise UserError(f"{config.data} has fewer training documents than processes.")
     held = position["held"] if position else ()
-    return packed(numbered(), tokenizer, config.batch_size, config.seq_len, held)
+    batches = packed(numbered(), tokenizer, config.batch_size, config.seq_len, held)
+    return readable(batches, config.data)
 
 def ahead(items):
     """The items of an endless iterator, each made in a thread while the one before is in use."""
@@ -318,8 +320,8 @@ def text_task(config, teacher, tokenizer):
     Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
     Calibration has the first training sequences, or its own. UserError: unreadable, too short."""
     def rows(documents, source, wanted):
-        batches = packed(enumerate(readable(documents, source)), tokenizer, 1, config.seq_len)
-        return list(itertools.islice(batches, wanted))
+        batches = packed(enumerate(documents), tokenizer, 1, config.seq_len)
+        return list(itertools.islice(readable(batches, source), wanted))
     documents = open_documents(config.data)
     count = sum(1 for _ in readable(documents.take(2000), config.data))
     held = max(1, min(200, count // 10))
@@ -814,11 +816,10 @@ def peak_memory(device):
 
 def digests(folder):
     """SHA-256 of each file of a checkpoint: name -> text."""
-    found = {}
-    for name in ("student.safetensors", "state.pt"):
+    def digest(name):
         with open(folder / name, "rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return {name: digest(name) for name in ("student.safetensors", "state.pt")}
 
 def save_checkpoint(folder, step, student, optimizer, position):
     """Write all that is needed to go on after `step` to folder/step-N; the two newest are kept.
@@ -829,7 +830,10 @@ def save_checkpoint(folder, step, student, optimizer, position):
         with replacing(folder / f"step-{step:07}") as fresh:
             safetensors.torch.save_file(tensors, fresh / "student.safetensors")
             state = {"step": step, "ranks": ranks, "optimizer": optimizer.state_dict()}
-            torch.save(state, fresh / "state.pt")
+            try:
+                torch.save(state, fresh / "state.pt")
+            except RuntimeError as error:  # its way to say that the disk is full
+                raise OSError(first_line(error)) from error
             write_json(fresh / "digests.json", digests(fresh))
         for old in sorted(folder.glob("step-*[0-9]"))[:-2]:
             shutil.rmtree(old)
@@ -931,8 +935,9 @@ def task_scores(config, tokenizer):
         return lambda model: chain_scores(model, tokenizer)
     def first(source, flag, count):
         problems = list(itertools.islice(readable(open_documents(source, flag), source), count))
-        if not all({"question", "answer"} <= each.keys() for each in problems):
-            raise UserError(f"{source} lacks `question` or `answer`, the fields of GSM8K.")
+        texts = [each.get(name) for each in problems for name in ("question", "answer")]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{source} lacks texts `question` and `answer`, the fields of GSM8K.")
         return problems
     problems = config.eval_data or "openai/gsm8k:main:test"
     problems = first(problems, "--eval-data", config.eval_limit)
@@ -940,8 +945,8 @@ def task_scores(config, tokenizer):
     return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
 
 def gsm8k_scores(model, tokenizer, problems, shots):
-    """GSM8K as lm-evaluation-harness 0.4 scores it (§6): `strict` and `flexible` accuracy, by its
-    two ways to read an answer, and `problems`, the verdicts. Both lists: `question`, `answer`."""
+    """GSM8K as lm-evaluation-harness 0.4 scores it with its `first_n` shots (§6): `strict` and
+    `flexible` accuracy, by its two ways to read an answer, and `problems`, the verdicts."""
     patterns = {"strict": r"#### (\-?[0-9\.\,]+)", "flexible": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"}
     stop = ["Question:", "</s>", "<|im_end|>"]
     def ask(problem):
@@ -1111,8 +1116,9 @@ def write_json(path, value):
 def settings_of(config, shared=False):
     """What makes a run this one and no other, a dict; shared: what several students have alike."""
     ignored = "out overwrite device save_every measure_every seeds benchmark benchmark_config"
-    ignored += " methods temperature learning_rate seed" * shared
+    ignored += (" methods temperature learning_rate" + " seed" * (config.seeds > 1)) * shared
     settings = dataclasses.asdict(config) | {"program": "red.py", "processes": rank_and_world()[1]}
+    settings["dtype"] = str(resolve_device(config)[1])
     if not config.model and not config.eval_only:
         settings["tiny_config"] = tiny_values()
     return {name: value for name, value in settings.items() if name not in ignored.split()}
@@ -1141,10 +1147,11 @@ def prepare(config, shared=False):
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     if config.overwrite or not (folder / "settings.json").is_file():  # else `claim` compared them
-        for path in folder.glob("*.json*"):
+        tiny_teachers = [] if config.model else [folder / "teacher", *folder.glob("seed-*/teacher")]
+        for each in (folder / "student", folder / "checkpoints", *tiny_teachers):
+            shutil.rmtree(each, ignore_errors=True)
+        for path in set(folder.glob("*.json*")) - {folder / "settings.json"}:
             path.unlink()
-        for name in ("student", "checkpoints"):
-            shutil.rmtree(folder / name, ignore_errors=True)
         write_json(folder / "settings.json", settings_of(config, shared))
 
 def model_card(config, tokens):
@@ -1179,8 +1186,6 @@ def set_up(config, home, folders):
     if rank_and_world()[0] == 0:
         for words in folders:
             prepare(*words)
-        if config.overwrite:
-            shutil.rmtree(home / "teacher", ignore_errors=True)
     if not config.model:
         teacher, tokenizer = kept_tiny_teacher(home / "teacher", config.seed, device, dtype)
         task = tiny_task(config, teacher, tokenizer)
@@ -1220,11 +1225,13 @@ def train_student(config, task, calibration, teacher_row):
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     first, position = load_checkpoint(folder / "checkpoints", student, optimizer)
     metrics, noted = folder / "metrics.jsonl", []
-    history = [json.loads(line) for line in metrics.read_text().splitlines()] if first else []
-    history = [record for record in history if record["step"] <= first]  # the rest comes again
+    lines = metrics.read_text().splitlines()[: first + 1] if first else []  # the rest comes again
+    history = [json.loads(line) for line in lines]
     gather()
     if leads:
-        metrics.write_text("".join(json.dumps(record) + "\n" for record in history))
+        beside = metrics.with_suffix(".partial")
+        beside.write_text("\n".join([*lines, ""]))
+        os.replace(beside, metrics)
     def write(record, measure):
         if measure:
             with torch.no_grad():
@@ -1237,10 +1244,11 @@ def train_student(config, task, calibration, teacher_row):
             with open(metrics, "a") as file:
                 file.write(json.dumps(record) + "\n")
     def after_step(record, position):
-        step, stop = record["step"], torch.tensor(len(noted))
+        step = record["step"]
         due = {n: n and (step == config.steps or step % n == 0) for n in periods}
-        add_up(stop)  # all processes stop together
         write(record, due[config.measure_every])
+        stop = torch.tensor(len(noted))
+        add_up(stop)  # all processes stop together
         if stop or due[config.save_every]:
             save_checkpoint(folder / "checkpoints", step, student, optimizer, position)
         if stop:
@@ -1323,11 +1331,13 @@ def train_all(config, out):
         claim(config, shared=True)
     done = [(cell, Path(own.out) / "summary.json") for cell, own in cells.items() if claim(own)]
     done = {cell: json.loads(path.read_text()) for cell, path in done}
+    folders = [(config, True)] * many + [(own,) for cell, own in cells.items() if cell not in done]
     for seed in seeds:
         todo = {cell: own for cell, own in cells.items() if cell[0] == seed and cell not in done}
         if todo:
-            folders = [(config, True)] * many + [(own,) for own in todo.values()]
+            task = None  # an earlier seed's teacher may go
             task, calibration = set_up(next(iter(todo.values())), homes[seed], folders)
+            folders = []
             teacher = measured(task.teacher, task, homes[seed], "gsm8k-teacher.jsonl")
         for cell, own in todo.items():
             done[cell] = train_student(own, task, calibration, teacher)
@@ -1340,8 +1350,7 @@ def train_all(config, out):
 
 def measure_checkpoints(config, out):
     """--eval-only: the checkpoint, and before it --model where that is given: name -> [summary]."""
-    device, dtype = resolve_device(config)
-    rows = {}
+    (device, dtype), rows = resolve_device(config), {}
     if claim(config):
         return json.loads((out / "summary.json").read_text())
     for name in filter(None, (config.model, config.eval_only)):
@@ -1380,6 +1389,7 @@ def benchmark_work(config, alone=None):
     if config.benchmark_config:
         with explained(f"{config.benchmark_config} makes no teacher ({{}})."), torch.device(device):
             values = AutoConfig.for_model(**json.loads(Path(config.benchmark_config).read_text()))
+            assert values.model_type in FAMILIES, f"supported are {', '.join(FAMILIES)}"
             teacher = AutoModelForCausalLM.from_config(values, dtype=dtype)
         teacher.eval().requires_grad_(False)
     else:
@@ -1470,13 +1480,17 @@ def main(arguments=None):
         run(parse_arguments(arguments))
         return 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command goes on."
+        code, text = 130, "interrupted; the same command goes on (without --overwrite)."
     except UserError as error:
         code, text = 2, str(error)
     except (FloatingPointError, OSError, safetensors.SafetensorError) as error:
         code, text = 1, f"{first_line(error)}; what was saved is kept, the same command goes on."
     except torch.OutOfMemoryError:
         code, text = 1, "out of memory; try a smaller --batch-size or --seq-len."
+    except RuntimeError as error:  # what torch.distributed raises where another process is gone
+        if rank_and_world()[1] == 1:
+            raise
+        code, text = 1, f"{first_line(error)}; what was saved is kept, the same command goes on."
     if int(os.environ.get("RANK", 0)):
         time.sleep(5)  # the first process says it, and torchrun then ends this one
     print(f"red.py: {text}", file=sys.stderr)
