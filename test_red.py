@@ -790,10 +790,15 @@ def bad_inputs():
         "missing.txt": "no file", "empty.txt": "empty", "binary.txt": "binary.txt",
         "broken.jsonl": "broken.jsonl", "broken.parquet": "broken.parquet",
         "fields.jsonl": "fields", "short.txt": "short", "data.csv": ".jsonl",
+        "numbers.jsonl": "numbers.jsonl",
     }.items():  # fmt: skip
         yield f"data {name}", [*model, "--data", "{dir}/" + name], word
     yield "data out of reach", [*model, "--data", "nobody/nothing"], "--data"
     yield "calibration too short", [*model, "--calibration-data", "{dir}/short.txt"], "short"
+    gsm8k = [*model, "--eval", "gsm8k", "--eval-shots-data", "{dir}/numbers.jsonl"]
+    yield "no GSM8K", [*gsm8k, "--eval-data", "{dir}/numbers.jsonl"], "question"
+    yield "benchmark of nothing", ["--benchmark"], "--model"
+    yield "benchmark of gpt2", ["--benchmark-config", "{dir}/gpt2/config.json"], "gpt2"
     yield "chains need digits", [*model, "--model", "{dir}/words", "--eval", "chains"], "chains"
     yield "out is a file", [*model, "--out", "{dir}/data.txt"], "is a file"
     yield "out is a stranger's", [*model, "--out", "{dir}", "--overwrite"], "RED"
@@ -825,6 +830,7 @@ def bad(tmp_path_factory, real):
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 40)
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n' * 30)
     (folder / "broken.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    (folder / "numbers.jsonl").write_text('{"text": 123}\n' * 30)
     (folder / "fields.jsonl").write_text('{"body": "1+1"}\n' * 30)
     (folder / "short.txt").write_text("1+1\n\n2+2")
     return folder
@@ -1180,3 +1186,74 @@ def test_a_stream_goes_on_from_any_of_its_positions(real, tiny):
         rest = list(itertools.islice(red.ahead(task.stream(position)), 149 - i))
         for a, b in zip(whole[i + 1 :], rest, strict=True):
             assert torch.equal(a["input_ids"], b["input_ids"]) and a["position"] == b["position"]
+
+
+# Many seeds, finished checkpoints, the benchmark --------------------------------------------------
+
+
+def test_seeds_are_compared_by_mean_and_deviation(real, tmp_path, capsys):
+    words = ["--model", f"{real}/teacher", "--data", f"{real}/data.txt", *SMALL, "--seeds", "2"]
+    words += ["--methods", "red", "lrc", "--learning-rate", "1e-3", "1e-2", "--out", str(tmp_path)]
+    assert red.main(words) == 0
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [len(each) for each in rows.values()] == [2, 2, 2]
+    assert [row["learning_rate"] for row in rows["red"] + rows["lrc"]] == [1e-3, 1e-3, 1e-2, 1e-2]
+    losses = [row["loss"] for row in rows["lrc"]]
+    mean, deviation = sum(losses) / 2, abs(losses[0] - losses[1]) / math.sqrt(2)
+    assert losses[0] != losses[1] and f"{mean:.3f}±{deviation:.3f}" in capsys.readouterr().out
+    first = (tmp_path / "seed-1/lrc/summary.json").stat().st_mtime_ns
+    assert red.main([*words, "--seeds", "3"]) == 0  # one more seed: two are reused
+    assert (tmp_path / "seed-1/lrc/summary.json").stat().st_mtime_ns == first
+    assert len(json.loads((tmp_path / "summary.json").read_text())["red"]) == 3
+
+
+def test_an_overwrite_readies_every_folder_before_the_first_student(real, tmp_path, monkeypatch):
+    words = ["--model", f"{real}/teacher", "--data", f"{real}/data.txt", *SMALL, "--seeds", "2"]
+    words += ["--out", str(tmp_path)]
+    assert red.main(words) == 0
+    monkeypatch.setattr(red, "train_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert red.main([*words, "--alpha", "0.5", "--overwrite"]) == 130
+    assert not list(tmp_path.rglob("summary.json")) and not list(tmp_path.rglob("checkpoints"))
+
+
+def test_eval_only_measures_what_the_run_measured(real, tmp_path):
+    data = ["--data", f"{real}/data.txt", *SMALL]
+    words = ["--model", f"{real}/teacher", *data, "--out", f"{tmp_path}/run"]
+    assert red.main(words) == 0
+    run = json.loads((tmp_path / "run/summary.json").read_text())
+    words = ["--eval-only", f"{tmp_path}/run/student", "--model", f"{real}/teacher", *data]
+    assert red.main([*words, "--out", f"{tmp_path}/eval"]) == 0
+    rows = json.loads((tmp_path / "eval/summary.json").read_text())
+    for row, expected in zip(rows.values(), (run["teacher"], run), strict=True):
+        for key in ("loss", "erank", "parameters", "similarity"):
+            assert row[0][key] == expected[key]
+
+
+def test_similarity_of_tokens_by_hand():
+    teacher, batch = make_teacher(), make_batch(1, 6)
+    states = teacher(batch["input_ids"], output_hidden_states=True).hidden_states[1][0]
+    cosines = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1)
+    expected = (cosines.sum() - 6).item() / 30
+    assert red.evaluate(teacher, [batch])["similarity"][0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_orthogonality_penalty_and_its_gradient():
+    teacher = make_teacher(dtype=torch.float64)
+    gradients, losses = [], []
+    for weight in (0.0, 0.7):
+        student, _ = make_student(teacher, method="lrc")
+        losses.append(red.training_step(teacher, student, [make_batch()], orthogonality=weight)["loss"])
+        gradients.append([each.grad for each in student.projections.values()])
+    penalty = 0.0
+    for plain, more, each in zip(*gradients, student.projections.values()):
+        error = each.T @ each - torch.eye(16)
+        penalty += error.square().sum().item()
+        torch.testing.assert_close(more - plain, 0.7 * 4 * each @ error)
+    assert (losses[1] - losses[0]).item() == pytest.approx(0.7 * penalty)
+
+
+def test_the_benchmark_runs_and_ends_with_the_ratios(capsys):
+    words = ["--benchmark-config", str(red.TINY_CONFIG), "--batch-size", "1", "--seq-len", "16"]
+    assert red.main([*words, "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "teacher forward" in said and "step / floor: " in said and "tokens a second" in said
