@@ -33,14 +33,6 @@ METHODS = ("red", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
 STATISTICS = ("norm-output", "normalised-stream", "variance")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
-
-# What a flag that was not given means: with the tiny world's lines, and with text.
-TINY_DEFAULTS = dict(
-    methods=["red", "lrc", "lrc"], temperature=[1.0, 1.0, 40.0], steps=100, batch_size=64,
-    seq_len=48, learning_rate=[3e-3], eval="chains", save_every=0, measure_every=10)
-MODEL_DEFAULTS = dict(
-    methods=["red"], temperature=[1.0], steps=1000, batch_size=8, seq_len=512,
-    learning_rate=[3e-4], eval="none", save_every=250, measure_every=250)
 LEAST = dict(
     hidden_size=1, calibration_samples=2, steps=0, batch_size=1, grad_accum=1, seq_len=2, seed=0,
     seeds=1, eval_limit=1, alpha=0, orthogonality=0, save_every=0, measure_every=0)
@@ -64,10 +56,13 @@ def first_line(error):
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 def option(default, help, *choices):
-    """One field of Config: its default, its help text, and what it may be."""
-    shown = "" if default is None or default is False else f" [{default}]"
+    """One field of Config: its default, its help text, and what it may be.
+    default: a pair is for the tiny world's lines, and for text; `check` takes one of them."""
+    pair = default if isinstance(default, tuple) else (default,)
+    listed = [" ".join(map(str, x)) if isinstance(x, list) else str(x) for x in pair]
+    shown = "" if default is None or default is False else f" [{' | '.join(listed)}]"
     words = {"help": help + shown, "choices": choices or None}
-    return dataclasses.field(default=default, metadata=words)
+    return dataclasses.field(default_factory=lambda: default, metadata=words)
 
 @dataclasses.dataclass
 class Config:
@@ -77,29 +72,29 @@ class Config:
     revision: str = option(None, "the hub revision of --model and --eval-only")
     ratio: float = option(None, "student width as a share of the teacher's, in (0, 1] [0.5]")
     hidden_size: int = option(None, "student width itself, instead of --ratio")
-    methods: list[str] = option(None, "how projections start [red lrc lrc | red]", *METHODS)
+    methods: list[str] = option((["red", "lrc", "lrc"], ["red"]), "how projections start", *METHODS)
     data: str = option(None, ".txt, .jsonl, .parquet or hub NAME[:CONFIG[:SPLIT]] [FineWeb-Edu]")
     calibration_data: str = option(None, "calibration text, given like --data [the same data]")
     calibration_samples: int = option(15, "sequences to calibrate on")
     importance: str = option("norm-output", "statistic that scores channels", *STATISTICS)
     alignment: str = option("relative", "as LRC has it, or over mean squares", "plain", "relative")
-    steps: int = option(None, "optimiser steps; 0 initialises, exports and measures [100 | 1000]")
-    batch_size: int = option(None, "sequences per micro-batch and process [64 | 8]")
+    steps: int = option((100, 1000), "optimiser steps; 0 exports and measures the start")
+    batch_size: int = option((64, 8), "sequences per micro-batch and process")
     grad_accum: int = option(1, "micro-batches per optimiser step and process")
-    seq_len: int = option(None, "tokens per sequence [48 | 512]")
-    learning_rate: list[float] = option(None, "Adam's peak: one, or one a method [3e-3 | 3e-4]")
-    temperature: list[float] = option(None, "of the KL term: one, or one a method [1 1 40 | 1]")
+    seq_len: int = option((48, 512), "tokens per sequence")
+    learning_rate: list[float] = option(([3e-3], [3e-4]), "Adam's peak: one, or one a method")
+    temperature: list[float] = option(([1.0, 1.0, 40.0], [1.0]), "of KL: one, or one a method")
     alpha: float = option(0.2, "weight of the alignment loss")
-    orthogonality: float = option(0.0, "weight of the penalty on |P.T @ P - I|^2, a baseline")
+    orthogonality: float = option(0.0, "weight of the penalty on |P.T @ P - I|^2")
     seed: int = option(0, "seed of everything random")
-    seeds: int = option(1, "repeat all of it with so many seeds, counted from --seed")
+    seeds: int = option(1, "repeat all with so many seeds, counted from --seed")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option("auto", "bfloat16 on cuda, else float32", "auto", "float32", "bfloat16")
     out: str = option(None, "folder for the results [runs/tiny | runs/MODEL-WIDTH]")
     overwrite: bool = option(False, "replace an earlier run's results in --out")
-    save_every: int = option(None, "steps between checkpoints; 0: on a signal only [0 | 250]")
-    measure_every: int = option(None, "steps between measures of eRank; 0: none [10 | 250]")
-    eval: str = option(None, "task to measure [chains | none]", "none", "chains", "gsm8k")
+    save_every: int = option((0, 250), "steps between checkpoints; 0: on a signal only")
+    measure_every: int = option((10, 250), "steps between measures of eRank; 0: none")
+    eval: str = option(("chains", "none"), "task to measure", "none", "chains", "gsm8k")
     eval_data: str = option(None, "GSM8K problems, given like --data [openai/gsm8k:main:test]")
     eval_shots_data: str = option(None, "its first five are the shots [openai/gsm8k:main:train]")
     eval_limit: int = option(None, "measure only the first so many GSM8K problems")
@@ -124,25 +119,26 @@ def check(config):
     """Fill in what was not given and refuse what cannot be (UserError). Loads nothing."""
     tiny = not (config.model or config.eval_only or config.benchmark_config)
     lines = tiny or config.data is None and config.eval == "chains"
-    if config.methods or config.temperature:  # then the other one means this
-        config.methods = config.methods or (["red", "lrc"] if lines else ["red"])
-        config.temperature = config.temperature or [1.0]
+    if isinstance(config.methods, tuple) and isinstance(config.temperature, list):
+        config.methods = ["red", "lrc"] if lines else ["red"]
+    elif isinstance(config.temperature, tuple) and isinstance(config.methods, list):
+        config.temperature = [1.0]
     for name in "data calibration_data revision eval_data eval_shots_data benchmark".split():
         if tiny and getattr(config, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')} needs --model, the teacher to use.")
-    for name, value in (TINY_DEFAULTS if lines else MODEL_DEFAULTS).items():
-        if getattr(config, name) is None:
-            setattr(config, name, copy.copy(value))
+    for name, value in vars(config).items():
+        if isinstance(value, tuple):
+            setattr(config, name, copy.copy(value[0 if lines else 1]))
+    for name, least in LEAST.items():
+        flag, value = name.replace("_", "-"), getattr(config, name)
+        if value is not None and not least <= value < 2**63:
+            raise UserError(f"--{flag} must be a number of at least {least}, got {value}.")
     if not lines and config.data is None:
         config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
     if config.hidden_size is None:
         config.ratio = 0.5 if config.ratio is None else config.ratio
     elif config.ratio is not None:
         raise UserError("--ratio and --hidden-size say the same thing twice; give one of them.")
-    for name, least in LEAST.items():
-        flag, value = name.replace("_", "-"), getattr(config, name)
-        if value is not None and not least <= value < 2**63:
-            raise UserError(f"--{flag} must be a number of at least {least}, got {value}.")
     for name in ("learning_rate", "temperature"):
         flag, values, count = name.replace("_", "-"), getattr(config, name), len(config.methods)
         if len(values) not in (1, count) or not all(0 < value < math.inf for value in values):
@@ -1353,14 +1349,16 @@ def measure_checkpoints(config, out):
     (device, dtype), rows = resolve_device(config), {}
     if claim(config):
         return json.loads((out / "summary.json").read_text())
-    for name in filter(None, (config.model, config.eval_only)):
+    def measure(name, file):
         model, tokenizer = load_teacher(name, config.revision, dtype, device)
         task = (text_task if config.data else tiny_task)(config, model, tokenizer)
         gather()
         if not rows and rank_and_world()[0] == 0:
             prepare(config)
-        file = "gsm8k.jsonl" if name == config.eval_only else "gsm8k-teacher.jsonl"
-        rows[name] = [measured(model, task, out, file)]
+        return [measured(model, task, out, file)]
+    if config.model:
+        rows[config.model] = measure(config.model, "gsm8k-teacher.jsonl")
+    rows[config.eval_only] = measure(config.eval_only, "gsm8k.jsonl")
     write_json(out / "summary.json", rows)
     return rows
 
@@ -1478,18 +1476,18 @@ def main(arguments=None):
     transformers.logging.disable_progress_bar()
     try:
         run(parse_arguments(arguments))
+        if rank_and_world()[1] > 1:  # its threads must not outlive Python
+            torch.distributed.destroy_process_group()
         return 0
     except KeyboardInterrupt:
         code, text = 130, "interrupted; the same command goes on (without --overwrite)."
     except UserError as error:
         code, text = 2, str(error)
-    except (FloatingPointError, OSError, safetensors.SafetensorError) as error:
-        code, text = 1, f"{first_line(error)}; what was saved is kept, the same command goes on."
     except torch.OutOfMemoryError:
         code, text = 1, "out of memory; try a smaller --batch-size or --seq-len."
-    except RuntimeError as error:  # what torch.distributed raises where another process is gone
-        if rank_and_world()[1] == 1:
-            raise
+    except (FloatingPointError, OSError, safetensors.SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and rank_and_world()[1] == 1:
+            raise  # with several, it is how torch.distributed says that another process is gone
         code, text = 1, f"{first_line(error)}; what was saved is kept, the same command goes on."
     if int(os.environ.get("RANK", 0)):
         time.sleep(5)  # the first process says it, and torchrun then ends this one
