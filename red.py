@@ -7,7 +7,6 @@ A Llama- or Qwen-like teacher is compressed to a smaller hidden width: the stude
 the teacher's frozen ones seen through trainable projections, and RED starts each of these as the
 same channel-selection matrix, picked from the teacher's activations. The file follows the paper
 from top to bottom; a comment marked [ours] is our reading where the paper is silent to us.
-
     python red.py                                       the tiny world: everything, in minutes
     python red.py --model Qwen/Qwen2-0.5B --ratio 0.5   a real teacher; torchrun for many GPUs
 """
@@ -67,7 +66,6 @@ def option(default, help, *choices):
 @dataclasses.dataclass
 class Config:
     """All settings of a run. A default in brackets is [tiny world | with --model]."""
-
     model: str = option(None, "teacher: a folder or a hub name; without it, the tiny world runs")
     revision: str = option(None, "the hub revision of --model and --eval-only")
     ratio: float = option(None, "student width as a share of the teacher's, in (0, 1] [0.5]")
@@ -106,9 +104,8 @@ def parse_arguments(arguments=None):
     """Command line (list of words; None: sys.argv) -> Config. A mistake raises UserError."""
     def refuse(message):
         raise ValueError(message)
-    about = "RED: compress a language model's hidden width, keeping its reasoning."
-    words = {"prog": "red.py", "allow_abbrev": False, "formatter_class": argparse.HelpFormatter}
-    parser = transformers.HfArgumentParser(Config, description=about, **words)
+    words = {"prog": "red.py", "description": __doc__.partition("\n")[0], "allow_abbrev": False}
+    parser = transformers.HfArgumentParser(Config, formatter_class=argparse.HelpFormatter, **words)
     parser.error = refuse
     with explained("{}; python red.py --help lists every flag."):
         (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -151,9 +148,9 @@ def check(config):
     if tiny and config.eval == "gsm8k":
         raise UserError("--eval gsm8k needs --model: the tiny world knows only digits.")
     if config.out is None:
-        name = f"{Path(config.model or '').name}-{config.hidden_size or config.ratio}"
-        name = f"eval-{Path(config.eval_only).name}" if config.eval_only else name
-        config.out = "runs/tiny" if tiny else f"runs/{name}"
+        own = f"{Path(config.model or '').name}-{config.hidden_size or config.ratio}"
+        own = f"eval-{Path(config.eval_only).name}" if config.eval_only else own
+        config.out = "runs/tiny" if tiny else f"runs/{own}"
 
 def rank_and_world():
     """(number of this process, how many there are), as torchrun set them up; else (0, 1)."""
@@ -179,8 +176,8 @@ def say(what, text):
 
 def shown(items, what, **words):
     """The items behind a progress bar, which the first process shows if they take a while."""
-    hidden = rank_and_world()[0] > 0
-    return tqdm(items, desc=what, leave=False, disable=hidden, **{"delay": 2} | words)
+    words = {"delay": 2, "disable": rank_and_world()[0] > 0} | words
+    return tqdm(items, desc=what, leave=False, **words)
 
 def resolve_device(config):
     """--device and --dtype -> (torch.device, torch.dtype), and joins torchrun's processes."""
@@ -200,11 +197,10 @@ def resolve_device(config):
     return device, torch.bfloat16 if half else torch.float32
 
 # ==== Teacher and data (App. F) ===============================================================
-# A frozen teacher, and batches: dicts of `input_ids` and `labels`, both (batch, tokens) and aligned
-# as in transformers (the shift by one is made inside the loss; -100 is ignored), and perhaps an
-# `attention_mask`. A task is all that a distillation needs besides a method: teacher, tokenizer,
-# `calibration` and `held_out` (lists of batches), `stream` (position -> an endless iterator over
-# training batches, from there on) and `measure` (model -> dict of scores).
+# A frozen teacher, and batches: dicts of `input_ids` and `labels` (-100 is ignored), both (batch,
+# tokens) and aligned as in transformers, and perhaps an `attention_mask`. A task is all that a
+# distillation needs besides a method: teacher, tokenizer, `calibration` and `held_out` (lists of
+# batches), `stream` (position -> endless training batches) and `measure` (model -> scores).
 
 def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
     """A frozen teacher and its tokenizer, from a folder or the hub (§3).
@@ -214,8 +210,7 @@ def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
     with explained(f"cannot load {name!r} ({{}}); {advice}"):
         config = AutoConfig.from_pretrained(name, **words)
         if config.model_type not in FAMILIES:
-            kinds = ", ".join(FAMILIES)
-            raise UserError(f"{name} is a {config.model_type!r} model; supported are {kinds}.")
+            raise UserError(f"{name} is {config.model_type!r}; supported: {', '.join(FAMILIES)}.")
         if getattr(config, "quantization_config", None):
             raise UserError(f"{name} is quantised; pass the full-precision checkpoint behind it.")
         tokenizer = AutoTokenizer.from_pretrained(name, **words)
@@ -232,16 +227,14 @@ def open_documents(source, flag="--data"):
     Local where it exists or ends like a file; else of the hub, as name[:config[:split]]."""
     import datasets  # here, because it takes seconds to import and the tiny world needs none of it
     datasets.disable_progress_bars()
-    path, words = Path(source), {}
+    path = Path(source)
     reader = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    words = {"sample_by": "paragraph"} if reader == "text" else {}  # a blank line separates
     name, config, split = (source.split(":") + [None, None])[:3]
     if reader or path.exists():
         if not path.is_file() or not reader or path.stat().st_size == 0:
-            wrong = "is empty" if path.is_file() and reader else "is no file that can be read"
-            raise UserError(f"{source} {wrong}; pass a .txt, .jsonl or .parquet file with text.")
+            raise UserError(f"{source} is no file with text; pass a .txt, .jsonl or .parquet file.")
         name, config, split, words["data_files"] = reader, None, None, source
-    if reader == "text":
-        words["sample_by"] = "paragraph"  # a blank line separates documents
     advice = f"pass {flag} a .txt, .jsonl or .parquet file, or the name of a hub dataset in reach."
     with explained(f"cannot read the data {source!r} ({{}}); {advice}"):
         return datasets.load_dataset(name, config, split=split or "train", streaming=True, **words)
@@ -262,9 +255,8 @@ def document_tokens(document, tokenizer):
     elif None not in (question, answer):
         text = f"Question: {question}\nAnswer: {answer}"
     elif text is None:
-        wanted = "`text`, `messages`, or `question` with `answer`"
-        fields = ", ".join(map(str, document)) or "nothing"
-        raise UserError(f"the data needs one of the fields {wanted}; it has {fields}.")
+        wanted = "the data needs one of the fields `text`, `messages`, `question` with `answer`"
+        raise UserError(f"{wanted}; it has {', '.join(map(str, document)) or 'nothing'}.")
     # A chat template writes the special tokens itself.
     tokens = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id
@@ -283,9 +275,8 @@ def packed(documents, tokenizer, batch_size, seq_len, held=()):
 
 def training_batches(documents, tokenizer, config, position=None):
     """Endless batches of shuffled text for this process, from a `position` on (App. F.2).
-    Each process takes every N-th document: so any number of them draws a global batch from the same
-    documents, as it would not with whole files. datasets loses its shuffle buffer when it restores
-    a state, so the way to a position is read again, but not tokenised."""
+    Each process takes every N-th document, so that any number draw a batch from the same. datasets
+    loses its shuffle buffer with a state: the way to a position is read again, not tokenised."""
     from datasets.distributed import split_dataset_by_node
     first, skip = position["place"] if position else (0, 0)
     def numbered():
@@ -324,14 +315,12 @@ def text_task(config, teacher, tokenizer):
     while held <= count // 4 and not rows(documents.take(held), config.data, 1):
         held *= 2
     held_out, training = rows(documents.take(held), config.data, 32), documents.skip(held)
-    calibration, source = training, config.calibration_data or config.data
-    if source != config.data:
-        calibration = open_documents(source, "--calibration-data")
-    samples = rows(calibration, source, config.calibration_samples)
+    source = config.calibration_data or config.data
+    others = None if source == config.data else open_documents(source, "--calibration-data")
+    samples = rows(others or training, source, config.calibration_samples)
     if not held_out or len(samples) < 2 or not rows(training, config.data, 1):
-        short = f"{source if held_out else config.data} is too short for sequences this long"
         advice = "give more text (in a .txt, a blank line ends a document) or a smaller --seq-len."
-        raise UserError(f"{short}; {advice}")
+        raise UserError(f"{source if held_out else config.data} is too short: {advice}")
     return types.SimpleNamespace(
         teacher=teacher, tokenizer=tokenizer, calibration=samples, held_out=held_out,
         stream=lambda position=None: training_batches(training, tokenizer, config, position),
@@ -358,6 +347,19 @@ def effective_rank(hidden):
     p = p / p.sum()
     return torch.exp(-(p * p.log()).sum()).item() if len(p) else 0.0
 
+def linear_proxy(read, write, weight, covariance, steps, rate=0.01):
+    """§4's linear model of two projections around one stream, trained by gradient descent [ours].
+    The loss is E|weight @ (read @ write.T - I) @ h|^2 / 2 for h of `covariance` (d, d) and a frozen
+    `weight` (n, d). Returns the singular values of read and write (d, d_s): (steps + 1, 2, d_s)."""
+    factors, gram = torch.stack([read, write]).double(), weight.T.double() @ weight.double()
+    values = [torch.linalg.svdvals(factors)]
+    for _ in range(steps):
+        read, write = factors
+        error = gram @ (read @ write.T - torch.eye(len(read))) @ covariance.double()
+        factors = factors - rate * torch.stack([error @ write, error.T @ read])
+        values.append(torch.linalg.svdvals(factors))
+    return torch.stack(values)
+
 class watch:
     """Within `with`, `see(name, input, output)` is called whenever one of the named modules runs.
     The one way in which this file looks inside a model, for any nn.Module and names in it."""
@@ -365,10 +367,8 @@ class watch:
         def hook(name):
             return lambda module, inputs, output: see(name, inputs[0], output)
         self.hooks = [model.get_submodule(n).register_forward_hook(hook(n)) for n in names]
-
     def __enter__(self):
         return self
-
     def __exit__(self, *error):
         for hook in self.hooks:
             hook.remove()
@@ -477,10 +477,9 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
     return types.SimpleNamespace(**found, batches=batches, scales=mean_squares(teacher, batches))
 
 # ==== The projected student and its merge (§3, App. C) ========================================
-# The student is an ordinary, narrower model of the teacher's architecture. Its weights are W @ P
-# where a matrix reads the residual stream, P.T @ W where it writes to it, made once per optimiser
-# step; it then runs as it is through any number of micro-batches, and its gradients are carried
-# back to the projections once.
+# The student is an ordinary, narrower model. Its weights are W @ P where a matrix reads the stream,
+# P.T @ W where it writes to it, made once per optimiser step; it then runs as it is through any
+# number of micro-batches, and its gradients are carried back to the projections once.
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 WRITERS = ("o_proj", "down_proj")
@@ -505,8 +504,7 @@ class ProjectedStudent:
     model        the same, d_s wide, perhaps on the meta device: the student, an ordinary model
     projections  matrix name -> (d_t, d_s) tensor, for all `projected_matrices(teacher)`
     gains        norm name -> (d_s,) tensor, for all `stream_norms(teacher)`
-    fold         let the teacher's gains act inside the reading weights, W @ diag(g) @ P, as a
-                 rotated start needs; the student's gains then start at 1 [ours]
+    fold         a rotated start needs the teacher's gains in what reads, W @ diag(g) @ P [ours]
     What trains is in float32 or better. ValueError: some are missing, or of the wrong shape."""
     def __init__(self, teacher, model, projections, gains, fold=False):
         self.teacher, self.model, self.fold = teacher, model, fold
@@ -530,11 +528,9 @@ class ProjectedStudent:
         model.model.embed_tokens.padding_idx = None  # else padding's row would get no gradient
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.made[name].requires_grad)
-
     def parameters(self):
         """Everything that learns, a list: the projections, then the gains."""
         return [*self.projections.values(), *self.gains.values()]
-
     def merge(self):
         """The student's weights, name -> tensor, as differentiable functions of the projections.
         Biases of o and down live in the stream and are projected like their weights; what lives
@@ -553,14 +549,12 @@ class ProjectedStudent:
                 projection, reads = projection.to(weight.dtype), module.endswith(READERS)
                 weights[name] = weight @ projection if reads else projection.T @ weight
         return weights
-
     def make_weights(self):
         """Merge, and let the model use the result; its gradients start anew. Once per step."""
         self.made = self.merge()
         for name, parameter in self.model.named_parameters():
             parameter.data = self.made[name].detach()
             parameter.grad = None
-
     def carry_back(self):
         """From the gradients of the made weights to those of the projections and gains."""
         trained = {n: p for n, p in self.model.named_parameters() if p.grad is not None}
@@ -568,7 +562,6 @@ class ProjectedStudent:
         torch.autograd.backward(made, gradients)
         self.model.zero_grad()
         self.made = None
-
     def export(self, folder, tokenizer=None):
         """Write the merged student as a standard checkpoint. OSError: it cannot be written."""
         with torch.no_grad():
@@ -598,8 +591,7 @@ def student_width(config, teacher_config):
 def initial_projections(method, names, width, narrow, channels, generator):
     """Where the projections start: name -> (width, narrow) float32 (§5, §6).
     red, random-selection   the same selection matrix of `channels` for every name
-    lrc                     N(0, std), one per name; std = 0.02 * sqrt(3072 / width), so that
-                            P.T @ P has the mean diagonal it has at LRC's own width of 3,072 [ours]
+    lrc                     N(0, 0.02 * sqrt(3072 / width)), one per name: 3,072 is LRC's own [ours]
     orthogonal              random orthonormal columns, one per name
     shared-orthogonal       random orthonormal columns, the same for every name [ours]"""
     def draw(orthonormal):
@@ -662,7 +654,6 @@ CHUNK = 2**23  # logits that exist at a time, for the student and for the teache
 
 class ChunkedDistillation(torch.autograd.Function):
     """The work of `distillation_loss`: forward also forms the gradients, chunk by chunk."""
-
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, count):
         precise, rows = torch.promote_types(hidden.dtype, torch.float32), max(1, CHUNK // len(head))
@@ -688,7 +679,6 @@ class ChunkedDistillation(torch.autograd.Function):
         kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
         return kl + cross_entropy, kl, cross_entropy
-
     @staticmethod
     def backward(ctx, grad_loss, *not_differentiable):
         grad_hidden, grad_head = ctx.saved_tensors
@@ -730,15 +720,12 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
     for batch in micro_batches:
         activations, terms = {}, []
         mask = batch["real"] if batch["attention_mask"] is not None else None
-
         def keep(name, before, after):
             activations[name] = after
-
         def compare(name, before, after):  # at once, so that the teacher's can be let go
             projection = student.projections[name] if name.endswith(WRITERS) else None
             term = alignment_loss(after, activations.pop(name), projection, mask)
             terms.append(term / scales[name] if scales else term)
-
         with torch.no_grad(), watch(teacher, aligned, keep):
             teacher_hidden = last_hidden(teacher, batch)
         mark("teacher forward")
@@ -766,7 +753,7 @@ def training_step(teacher, student, micro_batches, temperature=1.0, alpha=0.2, s
 
 def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alpha=0.2, scales=None,
             orthogonality=0.0, grad_accum=1, optimizer=None, first=0, after_step=None,
-            progress="distil"):
+            progress="distil", mark=lambda part: None):
     """Train the student's projections and gains, in place (App. F.1).
     stream: an iterator over batches, `grad_accum` a step. optimizer, first: of a run that goes on
     after `first` steps. after_step: called with each step's record and last batch's `position`. A
@@ -779,7 +766,8 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         micro_batches = list(itertools.islice(stream, grad_accum))
         if len(micro_batches) < grad_accum:
             raise ValueError(f"the stream of batches ended at step {step + 1}")
-        words = (temperature, alpha, scales, orthogonality)
+        mark("waiting for data")
+        words = (temperature, alpha, scales, orthogonality, mark)
         losses = training_step(teacher, student, micro_batches, *words)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         if finite := math.isfinite(losses["loss"] + norm):
@@ -788,15 +776,15 @@ def distill(teacher, student, stream, steps, learning_rate, temperature=1.0, alp
         optimizer.zero_grad()
         failures = 0 if finite else failures + 1
         if failures == 10:
-            advice = "try a lower --learning-rate, or --dtype float32"
-            raise FloatingPointError(f"no finite loss and gradient in ten steps in a row: {advice}")
+            raise FloatingPointError("ten steps not finite; lower --learning-rate, or try float32")
         values = losses | {"gradient_norm": norm, "learning_rate": optimizer.param_groups[0]["lr"]}
         record = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
-        seconds = time.perf_counter() - started
         tokens = sum(batch["input_ids"].numel() for batch in micro_batches) * rank_and_world()[1]
         record |= {"step": step + 1, "tokens": (step + 1) * tokens, "skipped": not finite}
+        seconds = time.perf_counter() - started
         record |= {"tokens_per_second": tokens / seconds, "memory": peak_memory(teacher.device)}
         bar.set_postfix(loss=record["loss"], refresh=False)
+        mark("clipping, optimiser, records")
         if after_step:
             after_step(record, micro_batches[-1].get("position"))
     with torch.no_grad():
@@ -830,15 +818,14 @@ def save_checkpoint(folder, step, student, optimizer, position):
                 torch.save(state, fresh / "state.pt")
             except RuntimeError as error:  # its way to say that the disk is full
                 raise OSError(first_line(error)) from error
-            write_json(fresh / "digests.json", digests(fresh))
+            write(fresh / "digests.json", digests(fresh))
         for old in sorted(folder.glob("step-*[0-9]"))[:-2]:
             shutil.rmtree(old)
     gather()
 
 def load_checkpoint(folder, student, optimizer):
     """Take up, in place, the newest whole checkpoint: (its step, this process's position).
-    (0, None) where there is none. A damaged one is named, and the one before it taken. No code is
-    ever unpickled: tensors are safetensors, and the rest is read with weights_only."""
+    (0, None): there is none. A damaged one is named, the one before it taken; no code unpickled."""
     for path in sorted(folder.glob("step-*[0-9]"), reverse=True):
         try:
             if json.loads((path / "digests.json").read_text()) != digests(path):
@@ -863,10 +850,9 @@ def load_checkpoint(folder, student, optimizer):
 
 def evaluate(model, batches, rank_tokens=4096):
     """Held-out loss and the effective rank of each block's output (§4, §6).
-    `loss` in nats per label, `perplexity`, and by block, over the first `rank_tokens` tokens,
-    `erank` of the raw stream, `erank_normalised` with each token scaled to RMS 1 (massive
-    activations rule the raw one), and mean cosine `similarity` of tokens. Processes share the work.
-    Returns a dict. FloatingPointError: the loss is not finite."""
+    A dict: `loss` in nats per label, `perplexity`, and by block, over the first `rank_tokens`
+    tokens, `erank` of the raw stream, `erank_normalised` with tokens scaled to RMS 1 (massive
+    activations rule the raw one), mean cosine `similarity`. FloatingPointError: loss not finite."""
     totals, seen, states = torch.zeros(2, dtype=torch.float64), 0, {}
     blocks = [f"model.layers.{i}" for i in range(len(model.model.layers))]
     rank, world = rank_and_world()
@@ -935,8 +921,7 @@ def task_scores(config, tokenizer):
         if not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{source} lacks texts `question` and `answer`, the fields of GSM8K.")
         return problems
-    problems = config.eval_data or "openai/gsm8k:main:test"
-    problems = first(problems, "--eval-data", config.eval_limit)
+    problems = first(config.eval_data or "openai/gsm8k:main:test", "--eval-data", config.eval_limit)
     shots = first(config.eval_shots_data or "openai/gsm8k:main:train", "--eval-shots-data", 5)
     return lambda model: gsm8k_scores(model, tokenizer, problems, shots)
 
@@ -1032,9 +1017,9 @@ def tiny_values():
     """The content of tiny_config.json, a dict; UserError where it is broken or makes no teacher."""
     with explained(f"{TINY_CONFIG.name} makes no teacher ({{}})."), torch.device("meta"):
         values = json.loads(TINY_CONFIG.read_text())
-        config, size = AutoConfig.for_model(**values), len(TINY_ALPHABET)
-        if config.model_type not in FAMILIES or config.vocab_size != size:
-            raise ValueError(f"vocab_size must be {size}, model_type one of {', '.join(FAMILIES)}")
+        config = AutoConfig.for_model(**values)
+        assert config.model_type in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}"
+        assert config.vocab_size == len(TINY_ALPHABET), f"vocab_size must be {len(TINY_ALPHABET)}"
         AutoModelForCausalLM.from_config(config)
     return values
 
@@ -1045,8 +1030,7 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     stream = tiny_batches(16, 48, seed)  # 48 characters hold any one line
-    bar = shown(range(steps), "train teacher", delay=0)
-    for _ in bar:
+    for _ in shown(range(steps), "train teacher", delay=0):
         batch = placed(next(stream), teacher)
         targets = batch["labels"][:, 1:]
         logits = teacher.lm_head(last_hidden(teacher, batch)[:, :-1][targets != -100])
@@ -1056,18 +1040,16 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return teacher.eval().requires_grad_(False)
 
-def kept_tiny_teacher(folder, seed, device, dtype):
-    """The tiny world's teacher and its tokenizer, out of `folder`, trained first if need be."""
+def keep_tiny_teacher(folder, config):
+    """Train the tiny world's teacher into a folder, with its tokenizer, if it is not there yet."""
     if rank_and_world()[0] == 0 and not folder.exists():
         say("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
-        with replacing(folder) as fresh:
-            tiny_teacher(tiny_values(), seed, device).save_pretrained(fresh)
-            tiny_tokenizer().save_pretrained(fresh)
+        with replacing(folder) as new:
+            tiny_teacher(tiny_values(), config.seed, resolve_device(config)[0]).save_pretrained(new)
+            tiny_tokenizer().save_pretrained(new)
     gather()
-    return load_teacher(str(folder), dtype=dtype, device=device)
 
 def tiny_task(config, teacher, tokenizer):
     """The Task of the tiny world's own lines, for its own teacher or another that knows them."""
@@ -1101,13 +1083,12 @@ def replacing(folder):
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
-def write_json(path, value):
-    """Write beside and rename, so that the file is never half there; by the first process alone."""
-    if rank_and_world()[0] > 0:
-        return
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, path)
+def write(path, content):
+    """Write text, or else a value as JSON, beside and rename; by the first process alone."""
+    if rank_and_world()[0] == 0:
+        beside = path.with_name(path.name + ".partial")
+        beside.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+        os.replace(beside, path)
 
 def settings_of(config, shared=False):
     """What makes a run this one and no other, a dict; shared: what several students have alike."""
@@ -1134,8 +1115,8 @@ def claim(config, shared=False):
     names = (stored.keys() | settings) - ({"processes"} if finished else set())
     different = ", ".join(sorted(k for k in names if stored.get(k) != settings.get(k)))
     if different and not config.overwrite:
-        advice = "name another --out, or pass --overwrite to replace it."
-        raise UserError(f"{folder} holds a run with other settings ({different}); {advice}")
+        other = f"{folder} holds a run with other settings ({different})"
+        raise UserError(f"{other}; name another --out, or pass --overwrite to replace it.")
     return finished and not config.overwrite
 
 def prepare(config, shared=False):
@@ -1148,7 +1129,7 @@ def prepare(config, shared=False):
             shutil.rmtree(each, ignore_errors=True)
         for path in set(folder.glob("*.json*")) - {folder / "settings.json"}:
             path.unlink()
-        write_json(folder / "settings.json", settings_of(config, shared))
+        write(folder / "settings.json", settings_of(config, shared))
 
 def model_card(config, tokens):
     """The short README.md of an exported student; the licence is what the teacher's card names."""
@@ -1158,49 +1139,44 @@ def model_card(config, tokens):
         licence = huggingface_hub.ModelCard.load(card).data.get("license")
     except Exception:  # no card, no front matter, no network: the licence stays unknown
         licence = None
-    return f"""---
-base_model: {name}
-library_name: transformers
-license: {licence or "other"}
----
-A narrower {name}, distilled on {tokens:,} tokens of {config.data or "its own lines"} through
-projections around the teacher's frozen weights (method `{config.methods[0]}`), and merged: it loads
-with plain transformers. Its licence is the teacher's.
-"""
+    head = f"base_model: {name}\nlibrary_name: transformers\nlicense: {licence or 'other'}"
+    text = f"A narrower {name}, distilled on {tokens:,} tokens of {config.data or 'its own lines'}"
+    return f"---\n{head}\n---\n{text} by `{config.methods[0]}`. Its licence is the teacher's.\n"
+
+def open_task(config, name):
+    """The task of a teacher, or of whatever model is to be measured: a folder or a hub name."""
+    device, dtype = resolve_device(config)
+    task = text_task if config.data else tiny_task
+    return task(config, *load_teacher(str(name), config.revision, dtype, device))
 
 def set_up(config, home, folders):
     """The task and the calibration of one seed's students, and what is to be done, announced.
     folders: what `prepare` is called with when the input is known to be good, not before."""
-    device, dtype = resolve_device(config)
-    if config.model:
-        teacher, tokenizer = load_teacher(config.model, config.revision, dtype, device)
-        hidden_size = student_width(config, teacher.config)
-        task = (text_task if config.data else tiny_task)(config, teacher, tokenizer)
-    else:
-        hidden_size = student_width(config, AutoConfig.for_model(**tiny_values()))
+    task = open_task(config, config.model) if config.model else None
+    values = task.teacher.config if task else AutoConfig.for_model(**tiny_values())
+    hidden_size = student_width(config, values)
     gather()  # all processes have looked at the folders
     if rank_and_world()[0] == 0:
         for words in folders:
             prepare(*words)
-    if not config.model:
-        teacher, tokenizer = kept_tiny_teacher(home / "teacher", config.seed, device, dtype)
-        task = tiny_task(config, teacher, tokenizer)
+    if not task:
+        keep_tiny_teacher(home / "teacher", config)
+        task = open_task(config, home / "teacher")
+    teacher, world = task.teacher, rank_and_world()[1]
     with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(student_config(teacher.config, hidden_size))
     large, small = teacher.num_parameters(), student.num_parameters()
-    width, world = teacher.config.hidden_size, rank_and_world()[1]
+    width, tokens = values.hidden_size, config.batch_size * config.seq_len
     learn = len(projected_matrices(teacher)) * width * hidden_size
-    tokens = config.batch_size * config.seq_len
-    # Teacher, made weights and their gradients; for what trains the value, gradient and Adam's two
-    # moments; the aligned activations, thrice; chunks of logits; Python and its libraries.
+    # Weights, made ones with gradients, activations; 16 bytes for what learns; logits; Python.
     aligned = sum(teacher.get_submodule(name).out_features for name in aligned_modules(teacher))
     memory = teacher.dtype.itemsize * (large + 2 * small + 3 * tokens * aligned)
     memory = (memory + 16 * learn + 24 * 2**24) / 2**30 + 0.7
     say("teacher", f"{config.model or 'tiny'}: {teacher.config.model_type}, {large:,} parameters")
     say("student", f"width {width} -> {hidden_size}, {small:,} parameters, {learn:,} learn")
-    total, source = tokens * config.steps * config.grad_accum * world, config.data or "its lines"
-    say("training", f"{config.steps:,} steps, {total:,} tokens of {source}")
-    say("machine", f"{world} x {device}, {dtype}; about {memory:.1f} GiB of memory each")
+    total = tokens * config.steps * config.grad_accum * world
+    say("training", f"{config.steps:,} steps, {total:,} tokens of {config.data or 'its lines'}")
+    say("machine", f"{world} x {teacher.device}, {teacher.dtype}; about {memory:.1f} GiB each")
     calibration = calibrate(teacher, task.calibration, hidden_size, config.importance)
     trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
     say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")
@@ -1215,20 +1191,16 @@ def train_student(config, task, calibration, teacher_row):
         torch.distributed.broadcast(parameter.data, 0)  # GPUs may differ in the last digit
     if method == "red":
         found = {"statistic": config.importance, "halves_agree": calibration.overlap}
-        for name in ("channels", "importance"):
-            found[name] = getattr(calibration, name).tolist()
-        write_json(folder / "selection.json", found)
+        found |= {name: getattr(calibration, name).tolist() for name in ("channels", "importance")}
+        write(folder / "selection.json", found)
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     first, position = load_checkpoint(folder / "checkpoints", student, optimizer)
     metrics, noted = folder / "metrics.jsonl", []
     lines = metrics.read_text().splitlines()[: first + 1] if first else []  # the rest comes again
     history = [json.loads(line) for line in lines]
     gather()
-    if leads:
-        beside = metrics.with_suffix(".partial")
-        beside.write_text("\n".join([*lines, ""]))
-        os.replace(beside, metrics)
-    def write(record, measure):
+    write(metrics, "\n".join([*lines, ""]))
+    def log(record, measure):
         if measure:
             with torch.no_grad():
                 student.make_weights()
@@ -1242,7 +1214,7 @@ def train_student(config, task, calibration, teacher_row):
     def after_step(record, position):
         step = record["step"]
         due = {n: n and (step == config.steps or step % n == 0) for n in periods}
-        write(record, due[config.measure_every])
+        log(record, due[config.measure_every])
         stop = torch.tensor(len(noted))
         add_up(stop)  # all processes stop together
         if stop or due[config.save_every]:
@@ -1254,7 +1226,7 @@ def train_student(config, task, calibration, teacher_row):
         signal.signal(number, signal.SIG_DFL)
     periods = (config.measure_every, config.save_every)
     if not history:
-        write({"step": 0, "tokens": 0}, True)
+        log({"step": 0, "tokens": 0}, True)
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         distill(
@@ -1274,19 +1246,21 @@ def train_student(config, task, calibration, teacher_row):
     exported, _ = load_teacher(str(folder / "student"), None, teacher.dtype, teacher.device)
     summary = {
         "method": method, "temperature": config.temperature[0], "tokens": history[-1]["tokens"],
-        "learning_rate": config.learning_rate[0], "initial": history[0]["held_out"],
+        "learning_rate": config.learning_rate[0],
         "skipped": sum(record.get("skipped", False) for record in history),
         "singular_spread": singular_values(student).std(1, correction=0).mean().item(),
+        "curve": [{name: record[name] for name in ("step", "held_out", "singular_values")}
+                  for record in history if "held_out" in record],
         "teacher": teacher_row, **measured(exported, task, folder)}
-    write_json(folder / "summary.json", summary)
+    write(folder / "summary.json", summary)
     return summary
 
 def measured(model, task, folder, name="gsm8k.jsonl"):
     """Everything that is measured on a finished model, a dict; GSM8K's answers go to a file."""
     result = evaluate(model, task.held_out) | task.measure(model)
     result |= {"hidden_size": model.config.hidden_size, "parameters": model.num_parameters()}
-    if (problems := result.pop("problems", None)) and rank_and_world()[0] == 0:
-        (folder / name).write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    if problems := result.pop("problems", None):
+        write(folder / name, "".join(json.dumps(problem) + "\n" for problem in problems))
     return result
 
 def table(rows):
@@ -1299,6 +1273,7 @@ def table(rows):
         for steps, score in zip(TINY_STEPS, row.get("chains", ())):
             yield f"{steps} step{'s' * (steps > 1)}", "{:.0%}", score
         yield "spread", "{:.2f}", row.get("singular_spread", 0.0)
+        yield "similarity", "{:.2f}", statistics.fmean(row["similarity"])
         last = len(row["erank"])
         for block in sorted({max(1, round(last * part / 6)) for part in range(1, 7)}):
             yield f"eRank {block}", "{:.0f}", row["erank"][block - 1]
@@ -1312,6 +1287,39 @@ def table(rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("  ".join(line) for line in padded)
+
+STYLES = dict(zip(("teacher", *METHODS), ("k*", "C0o", "C3s", "C2^", "C4D", "C1v")))
+
+def picture(rows, path):
+    """Draw rows, as of `table`, to a file: a line for each seed (§4, Tables 6, 7)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return say("picture", f"{path} needs matplotlib: pip install matplotlib, and this again")
+    def over_steps(what, value):
+        return what, "training step", lambda row: [
+            (point["step"], value(point)) for point in row.get("curve", ())]
+    panels = [  # what is drawn, over what, and a row's points
+        over_steps("held-out loss, nats per token", lambda point: point["held_out"]["loss"]),
+        ("effective rank", "layer", lambda row: list(enumerate(row["erank_normalised"], 1))),
+        over_steps("effective rank, mean of the layers",
+                   lambda point: statistics.fmean(point["held_out"]["erank_normalised"])),
+        over_steps("largest and smallest singular value of projections, over the mean",
+                   lambda point: point["singular_values"][::2])]
+    if "chains" in rows["teacher"][0]:
+        panels[0] = ("accuracy", "steps of reasoning (0: recall)",
+                     lambda row: list(enumerate((row["recall"], *row["chains"]))))
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    for axes, (what, over, points) in zip(figure.subplots(2, 2).flat, panels):
+        for label, several in rows.items():
+            style = STYLES[label.partition("-T")[0]] + (":" if "-T" in label else "-")
+            for seed, row in enumerate(several):
+                if drawn := points(row):  # the teacher has none from training
+                    axes.plot(*zip(*drawn), style, label="" if seed else label)
+        axes.set(title=what, xlabel=over)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.axes[0].legend()
+    figure.savefig(path)
 
 def train_all(config, out):
     """Every method with every seed: label -> list of summaries, the teacher's first."""
@@ -1341,25 +1349,22 @@ def train_all(config, out):
     rows = {label: [done[seed, label] for seed in seeds] for _, label in cells}
     rows = {"teacher": [row["teacher"] for row in next(iter(rows.values()))]} | rows
     if many:
-        write_json(out / "summary.json", rows)
+        write(out / "summary.json", rows)
     return rows
 
 def measure_checkpoints(config, out):
     """--eval-only: the checkpoint, and before it --model where that is given: name -> [summary]."""
-    (device, dtype), rows = resolve_device(config), {}
+    rows, files = {}, {config.model: "gsm8k-teacher.jsonl", config.eval_only: "gsm8k.jsonl"}
     if claim(config):
         return json.loads((out / "summary.json").read_text())
-    def measure(name, file):
-        model, tokenizer = load_teacher(name, config.revision, dtype, device)
-        task = (text_task if config.data else tiny_task)(config, model, tokenizer)
+    for name in filter(None, files):
+        task = None  # one model at a time
+        task = open_task(config, name)
         gather()
         if not rows and rank_and_world()[0] == 0:
             prepare(config)
-        return [measured(model, task, out, file)]
-    if config.model:
-        rows[config.model] = measure(config.model, "gsm8k-teacher.jsonl")
-    rows[config.eval_only] = measure(config.eval_only, "gsm8k.jsonl")
-    write_json(out / "summary.json", rows)
+        rows[name] = [measured(task.teacher, task, out, files[name])]
+    write(out / "summary.json", rows)
     return rows
 
 def run(config):
@@ -1370,19 +1375,26 @@ def run(config):
     rows = (measure_checkpoints if config.eval_only else train_all)(config, Path(config.out))
     if rank_and_world()[0] == 0:
         print("\n" + table(rows))
+        if len(rows) > 2:
+            picture(rows, Path(config.out) / "compare.png")
     for label, (row, *_) in rows.items():
         if example := row.get("example"):
             say(label, f"{example['prompt']}{example['answer']}")
+    for label, (row, *_) in rows.items():
+        curve = row.get("curve", [])
+        for point in curve[:: max(1, len(curve) // 4)]:
+            rank, values = point["held_out"]["erank_normalised"], point["singular_values"]
+            text = f"step {point['step']}: mean eRank {statistics.fmean(rank):.0f}, singular values"
+            say(label, f"{text} {values[2]:.2f} to {values[0]:.2f}")
 
 # ==== Benchmark ===============================================================================
 # The step against its floor, the work that no such distillation can avoid, done by plain models:
 # in one process and in turns, because machines are noisy.
 
 def benchmark_work(config, alone=None):
-    """The device, and name -> a function that prepares a kind of work and returns it, a callable.
-    step: one optimiser step as in `distill`, data and all. floor: the teacher's forward without
-    gradient, and forward and backward of an ordinary student with plain cross-entropy.
-    alone: do one kind of work, twice, and return the peak memory of this process, in bytes."""
+    """The device; `step`, which distils for some steps; `floor`, an iterator that does at each turn
+    the teacher's forward, and an ordinary student's with plain cross-entropy and its backward.
+    alone: do one of both, twice, and return the peak memory of this process, in bytes."""
     device, dtype = resolve_device(config)
     if config.benchmark_config:
         with explained(f"{config.benchmark_config} makes no teacher ({{}})."), torch.device(device):
@@ -1397,66 +1409,56 @@ def benchmark_work(config, alone=None):
         while True:
             ids = torch.randint(narrow.vocab_size, (config.batch_size, config.seq_len))
             yield {"input_ids": ids, "labels": ids}
-    def step():
+    def step(steps, **words):
         few = [{"input_ids": next(batches())["input_ids"][:1, :16]}] * 2
         calibration = calibrate(teacher, few, narrow.hidden_size)
         student = new_student("red", teacher, narrow.hidden_size, calibration)
-        optimizer, stream = torch.optim.Adam(student.parameters(), fused=True), ahead(batches())
-        def work(mark=lambda part: None):
-            micro_batches = list(itertools.islice(stream, config.grad_accum))
-            mark("waiting for data")
-            training_step(teacher, student, micro_batches, scales=calibration.scales, mark=mark)
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            mark("optimiser")
-        return work
+        words |= {"grad_accum": config.grad_accum, "scales": calibration.scales}
+        distill(teacher, student, ahead(batches()), steps, 3e-4, progress="benchmark", **words)
     def floor():
         with torch.device(device):
             ordinary = AutoModelForCausalLM.from_config(narrow, dtype=dtype).eval()
-        def work():
+        while True:
             for batch in itertools.islice(batches(), config.grad_accum):
                 ids = batch["input_ids"].to(device)
                 with torch.no_grad():
                     teacher(ids, use_cache=False)
                 ordinary(ids, labels=ids, use_cache=False).loss.backward()
             ordinary.zero_grad()
-        return work
-    kinds = {"step": step, "floor": floor}
+            yield
     if alone:
-        work = kinds[alone]()
-        for _ in range(2):
-            work()
-    return peak_memory(device) if alone else (device, kinds)
+        step(2) if alone == "step" else list(itertools.islice(floor(), 2))
+    return peak_memory(device) if alone else (device, step, floor())
 
 def benchmark(config, rounds=7):
     """Print time, memory and FLOPs of a step, over those of its floor."""
-    memory, flops, times, last = {}, {}, {}, 0.0
-    for name in ("step", "floor"):  # first, while this process is small: children inherit its peak
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-            memory[name] = pool.submit(benchmark_work, config, name).result()
-    device, kinds = benchmark_work(config)
-    kinds = {name: prepare_it() for name, prepare_it in kinds.items()}
-    for name, work in kinds.items():  # also the warm-up
+    times, spent, last, names = {}, {}, 0.0, ("step", "floor")
+    spawn = multiprocessing.get_context("spawn")
+    # A process each, and first, while this one is small: children inherit its peak.
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        memory = dict(zip(names, pool.map(benchmark_work, [config] * 2, names)))
+    device, step, floor = benchmark_work(config)
+    def count(work):
         with FlopCounterMode(display=False) as counter:
             work()
-        flops[name] = counter.get_total_flops()
+        return counter.get_total_flops()
     def mark(part):
         nonlocal last
         if device.type != "cpu":
             torch.accelerator.synchronize()
         last, begun = time.perf_counter(), last
         spent[part] = spent.get(part, 0.0) + last - begun
-    for _ in shown(range(rounds), "benchmark", delay=0):
-        spent = {}
-        mark("")
-        for name, work in kinds.items():
-            work()
-            mark(name)
-        kinds["step"](mark=lambda part: mark("  " + part))
-        for name in filter(None, spent):
-            times.setdefault(name, []).append(spent[name])
+    def after_step(record, position):  # the floor, in turn
+        spent["step"] = sum(spent.values())
+        next(floor)
+        mark("floor")
+        for name, seconds in spent.items():
+            times.setdefault(name, []).append(seconds)
+        spent.clear()
+    flops = {"step": count(lambda: step(2)) - count(lambda: step(1))}
+    flops["floor"] = count(lambda: next(floor))
+    step(rounds + 1, mark=mark, after_step=after_step)
+    times = {name: each[1:] for name, each in times.items()}  # the first warms up
     middle = {name: statistics.median(each) for name, each in times.items()}
     for name, each in times.items():
         print(f"{name:<28}{middle[name]:9.3f} s  ({min(each):.3f} to {max(each):.3f})")

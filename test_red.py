@@ -966,7 +966,7 @@ def test_an_interrupted_overwrite_never_passes_for_finished(tmp_path, monkeypatc
     red.prepare(before)
     (tmp_path / "out/summary.json").write_text("{}")
     assert red.claim(before)
-    monkeypatch.setattr(red, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(red, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         red.prepare(red.parse_arguments([*words, "--seed", "1", "--overwrite"]))
     assert not red.claim(before)
