@@ -546,6 +546,55 @@ def test_the_tiny_world_trains_in_every_family(family):
     assert teacher.config.model_type == family and len(scores["chains"]) == 5
 
 
+def proxy_parts():
+    """A frozen weight, white and coloured covariances, and two orthonormal bases, (12, 12)."""
+    torch.manual_seed(0)
+    weight, white = torch.randn(12, 12).double(), torch.eye(12).double()
+    coloured = torch.logspace(0, -2, 12).double().diag()
+    bases = [torch.linalg.qr(torch.randn(12, 12).double()).Q[:, :6] for _ in range(2)]
+    return weight, white, coloured, *bases
+
+
+def derivative(read, write, weight, covariance):
+    """The largest derivative of a singular value at the start of the linear proxy."""
+    values = red.linear_proxy(read, write, weight, covariance, 1, rate=1e-7)
+    return ((values[1] - values[0]).abs().max() / 1e-7).item()
+
+
+def test_the_proxys_singular_values_stand_still_where_theory_says_so():
+    weight, white, coloured, basis, other = proxy_parts()
+    selection = red.selection_matrix(torch.tensor([0, 2, 3, 7, 8, 11]), 12).double()
+    assert derivative(basis, basis, weight, white) < 1e-4
+    assert derivative(selection, selection, weight, white) < 1e-4
+    # Channels that are not correlated: selection is at rest for coloured inputs too.
+    assert derivative(selection, selection, weight, coloured) < 1e-4
+    assert derivative(basis, basis, weight, coloured) > 1e-2
+    assert derivative(basis, other, weight, white) > 1e-2
+    assert derivative(basis, other, weight, coloured) > 1e-2
+
+
+def test_the_proxy_descends_its_loss():
+    weight, _, coloured, basis, other = proxy_parts()
+    factors = [basis.clone().requires_grad_(), other.clone().requires_grad_()]
+    root = coloured.sqrt()  # E|A h|^2 = |A @ root|^2
+    error = weight @ (factors[0] @ factors[1].T - torch.eye(12)) @ root
+    gradients = torch.autograd.grad(error.square().sum() / 2, factors)
+    stepped = [factor - 0.01 * gradient for factor, gradient in zip(factors, gradients)]
+    expected = torch.stack([torch.linalg.svdvals(each) for each in stepped])
+    values = red.linear_proxy(basis, other, weight, coloured, 1, rate=0.01)
+    assert torch.allclose(values[1], expected, atol=1e-12)
+
+
+def test_the_proxys_random_start_fans_out_and_selection_stays_together():
+    weight, _, coloured, *_ = proxy_parts()
+    small = [0.02 * torch.randn(12, 6).double() for _ in range(2)]
+    selection = red.selection_matrix(torch.arange(6), 12).double()
+    random_start = red.linear_proxy(*small, weight / 12**0.5, coloured, 100, 0.05)
+    red_start = red.linear_proxy(selection, selection, weight / 12**0.5, coloured, 100, 0.05)
+    spread = [(v.std(-1) / v.mean(-1)).amax(-1) for v in (random_start, red_start)]
+    assert spread[0].max() > 1.5 * spread[0][0] and spread[1].max() < 0.1
+
+
 def test_red_keeps_more_effective_rank_than_lrc_after_50_steps():
     teacher = red.tiny_teacher(red.tiny_values(), 0, "cpu", steps=400)
     stream = red.tiny_batches(16, 64, "calibration")
@@ -722,6 +771,89 @@ def test_several_methods_share_one_summary_and_the_seed_decides(real, tmp_path):
     assert set(results[0]) == {"teacher", *red.METHODS, "lrc-T4"}
     assert (tmp_path / "a/lrc-T4/student/config.json").is_file()
     assert results[0]["red"]["singular_spread"] < results[0]["lrc"]["singular_spread"]
+
+
+def compared(label, seed):
+    """A row as `train_student` makes it, with numbers that tell where each is drawn."""
+    offset = seed + 10 * red.METHODS.index(label.partition("-T")[0])
+    curve = [{"step": step, "singular_values": [2 + offset, 1, 0.5],
+              "held_out": {"loss": 3 + offset, "erank_normalised": [step, step + 2 * offset]}}
+             for step in (0, 5, 10)]
+    return {"recall": 0.5, "chains": [0.4 + seed] * 5, "erank_normalised": [7, 8], "curve": curve}
+
+
+def test_the_picture_draws_each_seed_of_each_method_in_its_own_style(tmp_path, monkeypatch):
+    drawn, written = [[] for _ in range(4)], []
+
+    class Axes:
+        def __init__(self, lines):
+            self.lines, self.xaxis = lines, self
+
+        def plot(self, x, y, style, label):
+            self.lines.append((list(x), list(y), style, label))
+
+        def __getattr__(self, name):  # set, legend, get_major_locator, set_params
+            return lambda *words, **more: self
+
+    class Figure:
+        def __init__(self, **words):
+            self.axes = [Axes(lines) for lines in drawn]
+
+        def subplots(self, *shape):
+            return type("Grid", (), {"flat": self.axes})
+
+        def savefig(self, path):
+            written.append(path)
+
+    fake = type(sys)("matplotlib.figure")
+    fake.Figure = Figure
+    monkeypatch.setitem(sys.modules, "matplotlib", type(sys)("matplotlib"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", fake)
+    teacher = {"recall": 1.0, "chains": [1.0] * 5, "erank_normalised": [9, 9]}
+    rows = {"teacher": [teacher] * 2}
+    rows |= {label: [compared(label, seed) for seed in (0, 1)] for label in ("red", "lrc", "lrc-T40")}
+    red.picture(rows, tmp_path / "compare.png")
+    assert written == [tmp_path / "compare.png"]
+    accuracy, layers, ranks, values = drawn
+    assert [len(panel) for panel in drawn] == [8, 8, 6, 6]  # the teacher is not in training
+    assert accuracy[2] == ([0, 1, 2, 3, 4, 5], [0.5] + [0.4] * 5, red.STYLES["red"] + "-", "red")
+    assert accuracy[3][1] == [0.5] + [1.4] * 5 and accuracy[3][3] == ""  # a name once
+    assert layers[4][:2] == ([1, 2], [7, 8])
+    assert ranks[2] == ([0, 5, 10], [10, 15, 20], red.STYLES["lrc"] + "-", "lrc")
+    assert values[4][1] == [[12, 0.5]] * 3 and values[4][2] == red.STYLES["lrc"] + ":"
+    assert len({style[:2] for style in red.STYLES.values()}) == len(red.STYLES) == 6
+    assert len({style[-1] for style in red.STYLES.values()}) == 6  # markers, for black and white
+    for several in rows.values():
+        for row in several:
+            row.pop("chains", None)
+    for panel in drawn:
+        panel.clear()
+    red.picture(rows, tmp_path / "compare.png")
+    assert drawn[0][2][:2] == ([0, 5, 10], [13, 13, 13])  # the held-out loss instead
+
+
+def test_without_matplotlib_one_line_says_so_and_the_text_remains(
+    real, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["--model", f"{real}/teacher", "--data", f"{real}/data.txt", *SMALL]
+    words += ["--methods", "red", "lrc", "--measure-every", "1", "--out", f"{tmp_path}/run"]
+    assert red.main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("pip install matplotlib") == 1
+    assert not (tmp_path / "run/compare.png").exists()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    for label in ("red", "lrc"):
+        lines = (tmp_path / f"run/{label}/metrics.jsonl").read_text().splitlines()
+        measured = [each for each in map(json.loads, lines) if "held_out" in each]
+        assert [each["step"] for each in measured] == [0, 1, 2]
+        for point, record in zip(summary[label][0]["curve"], measured, strict=True):
+            assert point == {name: record[name] for name in point} and len(point) == 3
+            rank = sum(record["held_out"]["erank_normalised"]) / 3
+            values = record["singular_values"]
+            text = f"step {record['step']}: mean eRank {rank:.0f}, singular values"
+            assert f"{label:<12} {text} {values[2]:.2f} to {values[0]:.2f}" in said
 
 
 def test_importance_and_calibration_data(real, tmp_path):
