@@ -80,7 +80,7 @@ class Config:
     batch_size: int = option((64, 8), "sequences per micro-batch and process")
     grad_accum: int = option(1, "micro-batches per optimiser step and process")
     seq_len: int = option((48, 512), "tokens per sequence")
-    learning_rate: list[float] = option(([3e-3], [3e-4]), "Adam's peak: one, or one a method")
+    learning_rate: list[float] = option(([1e-2], [3e-4]), "Adam's peak: one, or one a method")
     temperature: list[float] = option(([1.0, 1.0, 40.0], [1.0]), "of KL: one, or one a method")
     alpha: float = option(0.2, "weight of the alignment loss")
     orthogonality: float = option(0.0, "weight of the penalty on |P.T @ P - I|^2")
@@ -259,9 +259,8 @@ def document_tokens(document, tokenizer):
         raise UserError(f"{wanted}; it has {', '.join(map(str, document)) or 'nothing'}.")
     # A chat template writes the special tokens itself.
     tokens = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    closed = end is None or end in tokens[-2:]  # by the tokenizer, or by a template and a newline
-    return tokens if closed else tokens + [end]
+    end = tokenizer.eos_token_id  # it may be there: from the tokenizer, or a template and a newline
+    return tokens if end is None or end in tokens[-2:] else tokens + [end]
 
 def packed(documents, tokenizer, batch_size, seq_len, held=()):
     """Batches cut from one long string of (place, document) pairs; the last tokens are dropped.
@@ -1311,14 +1310,15 @@ def picture(rows, path):
                      lambda row: list(enumerate((row["recall"], *row["chains"]))))
     figure = Figure(figsize=(12, 9), layout="constrained")
     for axes, (what, over, points) in zip(figure.subplots(2, 2).flat, panels):
-        for label, several in rows.items():
+        for label, several in reversed(rows.items()):  # the teacher last, on top
             style = STYLES[label.partition("-T")[0]] + (":" if "-T" in label else "-")
             for seed, row in enumerate(several):
                 if drawn := points(row):  # the teacher has none from training
                     axes.plot(*zip(*drawn), style, label="" if seed else label)
         axes.set(title=what, xlabel=over)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend()
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=len(rows), reverse=True)
     figure.savefig(path)
 
 def train_all(config, out):

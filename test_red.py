@@ -783,7 +783,7 @@ def compared(label, seed):
 
 
 def test_the_picture_draws_each_seed_of_each_method_in_its_own_style(tmp_path, monkeypatch):
-    drawn, written = [[] for _ in range(4)], []
+    drawn, written, named = [[] for _ in range(4)], [], []
 
     class Axes:
         def __init__(self, lines):
@@ -792,8 +792,12 @@ def test_the_picture_draws_each_seed_of_each_method_in_its_own_style(tmp_path, m
         def plot(self, x, y, style, label):
             self.lines.append((list(x), list(y), style, label))
 
-        def __getattr__(self, name):  # set, legend, get_major_locator, set_params
+        def __getattr__(self, name):  # set, get_major_locator, set_params
             return lambda *words, **more: self
+
+        def get_legend_handles_labels(self):
+            named.extend(label for *_, label in self.lines if label)
+            return ()
 
     class Figure:
         def __init__(self, **words):
@@ -801,6 +805,9 @@ def test_the_picture_draws_each_seed_of_each_method_in_its_own_style(tmp_path, m
 
         def subplots(self, *shape):
             return type("Grid", (), {"flat": self.axes})
+
+        def legend(self, **words):
+            pass
 
         def savefig(self, path):
             written.append(path)
@@ -816,11 +823,12 @@ def test_the_picture_draws_each_seed_of_each_method_in_its_own_style(tmp_path, m
     assert written == [tmp_path / "compare.png"]
     accuracy, layers, ranks, values = drawn
     assert [len(panel) for panel in drawn] == [8, 8, 6, 6]  # the teacher is not in training
-    assert accuracy[2] == ([0, 1, 2, 3, 4, 5], [0.5] + [0.4] * 5, red.STYLES["red"] + "-", "red")
-    assert accuracy[3][1] == [0.5] + [1.4] * 5 and accuracy[3][3] == ""  # a name once
-    assert layers[4][:2] == ([1, 2], [7, 8])
+    assert named == ["lrc-T40", "lrc", "red", "teacher"]  # from the bottom to the top
+    assert accuracy[4] == ([0, 1, 2, 3, 4, 5], [0.5] + [0.4] * 5, red.STYLES["red"] + "-", "red")
+    assert accuracy[5][1] == [0.5] + [1.4] * 5 and accuracy[5][3] == ""  # a name once
+    assert layers[2][:2] == ([1, 2], [7, 8])
     assert ranks[2] == ([0, 5, 10], [10, 15, 20], red.STYLES["lrc"] + "-", "lrc")
-    assert values[4][1] == [[12, 0.5]] * 3 and values[4][2] == red.STYLES["lrc"] + ":"
+    assert values[0][1] == [[12, 0.5]] * 3 and values[0][2] == red.STYLES["lrc"] + ":"
     assert len({style[:2] for style in red.STYLES.values()}) == len(red.STYLES) == 6
     assert len({style[-1] for style in red.STYLES.values()}) == 6  # markers, for black and white
     for several in rows.values():
