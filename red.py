@@ -1175,7 +1175,7 @@ def set_up(config, home, folders):
     say("student", f"width {width} -> {hidden_size}, {small:,} parameters, {learn:,} learn")
     total = tokens * config.steps * config.grad_accum * world
     say("training", f"{config.steps:,} steps, {total:,} tokens of {config.data or 'its lines'}")
-    say("machine", f"{world} x {teacher.device}, {teacher.dtype}; about {memory:.1f} GiB each")
+    say("machine", f"{world} x {teacher.device}, {teacher.dtype}; ~{memory:.1f} GiB of memory each")
     calibration = calibrate(teacher, task.calibration, hidden_size, config.importance)
     trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
     say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")

@@ -656,7 +656,7 @@ def test_gsm8k_is_scored_like_the_harness(monkeypatch):
 
 # Pieces to copy ---------------------------------------------------------------------------------
 
-CORE = """rank_and_world add_up effective_rank watch placed last_hidden token_means stream_norms channel_importance select_channels
+CORE = """rank_and_world add_up effective_rank linear_proxy watch placed last_hidden token_means stream_norms channel_importance select_channels
 selection_matrix gain_rescaling mean_squares aligned_modules READERS WRITERS projected_matrices
 feeding_norm ProjectedStudent initial_projections initial_gains alignment_loss
 CHUNK ChunkedDistillation distillation_loss training_step""".split()
