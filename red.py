@@ -1281,7 +1281,7 @@ def table(rows):
         lines.append([label])
         for same in zip(*map(cells, several)):
             form, values = same[0][1].format, [value for _, _, value in same]
-            spread = f"±{form(statistics.stdev(values))}" if len(values) > 1 else ""
+            spread = f"±{form(statistics.stdev(values))}" if len(set(values)) > 1 else ""
             lines[-1].append(form(statistics.fmean(values)) + spread)
     widths = [max(map(len, column)) for column in zip(*lines)]
     padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]

@@ -685,13 +685,14 @@ def test_the_core_runs_where_there_is_only_torch():
 
 
 @pytest.mark.parametrize("name", ["effective_rank", "select_channels", "selection_matrix",
-                                  "alignment_loss", "initial_projections"])  # fmt: skip
+                                  "alignment_loss", "initial_projections", "linear_proxy"])  # fmt: skip
 def test_plain_tensor_functions_stand_alone(name):
     space = {"torch": torch}
     exec(inspect.getsource(getattr(red, name)), space)
     x = torch.rand(4, 3)
     words = {"effective_rank": (x,), "select_channels": (x[:, 0], 2), "alignment_loss": (x, x)}
     words |= {"selection_matrix": (torch.tensor([0, 2]), 4)}
+    words |= {"linear_proxy": (x, x, torch.eye(4), torch.eye(4), 2)}
     words |= {"initial_projections": ("orthogonal", ["a"], 4, 3, None, torch.Generator())}
     space[name](*words[name])
 
