@@ -893,7 +893,7 @@ def generate(model, tokenizer, prompts, new_tokens, stop=None, batch_size=256):
     rank, world = rank_and_world()
     tokenizer = copy.deepcopy(tokenizer)  # the caller's own is exported as it came
     tokenizer.padding_side = "left"
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.pad_token  # some pads have no embedding
     mine, answers = prompts[rank::world], []
     for i in shown(range(0, len(mine), batch_size), "generate"):
         chosen = mine[i : i + batch_size]

@@ -546,6 +546,17 @@ def test_the_tiny_world_trains_in_every_family(family):
     assert teacher.config.model_type == family and len(scores["chains"]) == 5
 
 
+@pytest.mark.parametrize("family", red.FAMILIES)
+def test_prompts_of_two_lengths_are_padded_within_the_vocabulary(family, tmp_path):
+    """Saved beside a qwen2 model, a tokenizer without a pad token comes back with one of its own."""
+    teacher = red.tiny_teacher(red.tiny_values() | {"model_type": family}, 0, "cpu", steps=1)
+    teacher.save_pretrained(tmp_path)
+    red.tiny_tokenizer().save_pretrained(tmp_path)
+    teacher, tokenizer = red.load_teacher(str(tmp_path))
+    together = red.generate(teacher, tokenizer, ["1+2-3*4=?", "7"], 4)
+    assert together == [red.generate(teacher, tokenizer, [each], 4)[0] for each in ("1+2-3*4=?", "7")]
+
+
 def proxy_parts():
     """A frozen weight, white and coloured covariances, and two orthonormal bases, (12, 12)."""
     torch.manual_seed(0)
