@@ -74,7 +74,7 @@ class Config:
     data: str = option(None, ".txt, .jsonl, .parquet or hub NAME[:CONFIG[:SPLIT]] [FineWeb-Edu]")
     calibration_data: str = option(None, "calibration text, given like --data [the same data]")
     calibration_samples: int = option(15, "sequences to calibrate on")
-    importance: str = option("norm-output", "statistic that scores channels", *STATISTICS)
+    importance: str = option(("norm-output", "variance"), "what scores channels", *STATISTICS)
     alignment: str = option("relative", "as LRC has it, or over mean squares", "plain", "relative")
     steps: int = option((100, 1000), "optimiser steps; 0 exports and measures the start")
     batch_size: int = option((64, 8), "sequences per micro-batch and process")
