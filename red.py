@@ -354,7 +354,7 @@ def linear_proxy(read, write, weight, covariance, steps, rate=0.01):
     values = [torch.linalg.svdvals(factors)]
     for _ in range(steps):
         read, write = factors
-        error = gram @ (read @ write.T - torch.eye(len(read))) @ covariance.double()
+        error = gram @ (read @ write.T - torch.eye(len(read)).to(read)) @ covariance.double()
         factors = factors - rate * torch.stack([error @ write, error.T @ read])
         values.append(torch.linalg.svdvals(factors))
     return torch.stack(values)
