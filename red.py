@@ -32,9 +32,8 @@ METHODS = ("red", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
 STATISTICS = ("norm-output", "normalised-stream", "variance")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
-LEAST = dict(
-    hidden_size=1, calibration_samples=2, steps=0, batch_size=1, grad_accum=1, seq_len=2, seed=0,
-    seeds=1, eval_limit=1, alpha=0, orthogonality=0, save_every=0, measure_every=0)
+LEAST = dict(hidden_size=1, calibration_samples=2, steps=0, batch_size=1, grad_accum=1, seq_len=2,
+             seed=0, seeds=1, eval_limit=1, alpha=0, orthogonality=0, save_every=0, measure_every=0)
 
 class UserError(Exception):
     """Something the user can mend: one sentence for stderr, exit code 2, no traceback."""
@@ -145,6 +144,8 @@ def check(config):
         raise UserError(f"--ratio must lie in (0, 1], got {config.ratio:g}.")
     if len(set(zip(config.methods, config.temperature))) < len(config.methods):
         raise UserError("--methods names the same method twice at one temperature; name it once.")
+    if (config.benchmark or config.benchmark_config) and "WORLD_SIZE" in os.environ:
+        raise UserError("--benchmark measures one process; run it without torchrun.")
     if tiny and config.eval == "gsm8k":
         raise UserError("--eval gsm8k needs --model: the tiny world knows only digits.")
     if config.out is None:
@@ -246,7 +247,7 @@ def readable(items, source):
 
 def document_tokens(document, tokenizer):
     """One document -> its token ids, closed by the end-of-text token.
-    Fields: `messages` (by the tokenizer's chat template), `question` with `answer`, or `text`."""
+    Fields: `messages` (the chat template adds special tokens), `question` with `answer`, `text`."""
     chat, question, answer, text = map(document.get, ("messages", "question", "answer", "text"))
     if chat:
         if not tokenizer.chat_template:
@@ -257,7 +258,6 @@ def document_tokens(document, tokenizer):
     elif text is None:
         wanted = "the data needs one of the fields `text`, `messages`, `question` with `answer`"
         raise UserError(f"{wanted}; it has {', '.join(map(str, document)) or 'nothing'}.")
-    # A chat template writes the special tokens itself.
     tokens = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
     end = tokenizer.eos_token_id  # it may be there: from the tokenizer, or a template and a newline
     return tokens if end is None or end in tokens[-2:] else tokens + [end]
@@ -277,7 +277,7 @@ def training_batches(documents, tokenizer, config, position=None):
     Each process takes every N-th document, so that any number draw a batch from the same. datasets
     loses its shuffle buffer with a state: the way to a position is read again, not tokenised."""
     from datasets.distributed import split_dataset_by_node
-    first, skip = position["place"] if position else (0, 0)
+    (first, skip), held = position.values() if position else ((0, 0), ())
     def numbered():
         for epoch in itertools.count(first):
             if epoch > first:
@@ -289,7 +289,6 @@ def training_batches(documents, tokenizer, config, position=None):
                     yield (epoch, number), document
             if not number:
                 raise UserError(f"{config.data} has fewer training documents than processes.")
-    held = position["held"] if position else ()
     batches = packed(numbered(), tokenizer, config.batch_size, config.seq_len, held)
     return readable(batches, config.data)
 
@@ -339,8 +338,7 @@ def effective_rank(hidden):
     if not torch.isfinite(rows).all():
         raise ValueError("effective_rank needs finite values")
     rows = rows / rows.abs().max().clamp_min(1e-300)  # so that squares cannot overflow
-    wide = rows.shape[0] < rows.shape[1]
-    squares = torch.linalg.eigvalsh(rows @ rows.T if wide else rows.T @ rows)
+    squares = torch.linalg.eigvalsh(rows @ rows.T if len(rows) < len(rows.T) else rows.T @ rows)
     floor = squares[-1] * len(squares) * torch.finfo(torch.float64).eps  # below is only rounding
     p = squares[squares > floor].sqrt()
     p = p / p.sum()
@@ -647,45 +645,49 @@ def alignment_loss(student, teacher, projection=None, mask=None):
     error = student - (teacher if projection is None else teacher @ projection.to(teacher.dtype))
     error = error if mask is None else error[mask]
     # Not mse_loss: this keeps one tensor until backward, not two, and in bfloat16 no float32 copy.
-    return error.square().sum(dtype=torch.promote_types(error.dtype, torch.float32)) / error.numel()
+    norm = torch.linalg.vector_norm(error, dtype=torch.promote_types(error.dtype, torch.float32))
+    return norm.square() / error.numel()
 
-CHUNK = 2**23  # logits that exist at a time, for the student and for the teacher
+def tokens_at_once(head):
+    """How many tokens' logits exist at a time: products of a GPU want to be larger."""
+    return max(128, 2**22 // len(head)) * (8 if head.is_cuda else 1)
 
 class ChunkedDistillation(torch.autograd.Function):
     """The work of `distillation_loss`: forward also forms the gradients, chunk by chunk."""
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, count):
-        precise, rows = torch.promote_types(hidden.dtype, torch.float32), max(1, CHUNK // len(head))
+        precise, rows = torch.promote_types(hidden.dtype, torch.float32), tokens_at_once(head)
         kl, cross_entropy = torch.zeros(2, dtype=precise, device=hidden.device)
-        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head, dtype=precise)
+        grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
+        # All chunks use the same memory: on a CPU, a fresh page costs more than the work on it.
+        shape, dtypes = (min(rows, len(targets)), len(head)), (hidden.dtype, *[precise] * 3)
+        spare, cooling = [hidden.new_empty(shape, dtype=each) for each in dtypes], 1 / temperature
         for i in range(0, len(targets), rows):
             chunk, target = hidden[i : i + rows], targets[i : i + rows, None]
-            logits = (chunk @ head.T).to(precise)
-            logits_t = (teacher_hidden[i : i + rows] @ teacher_head.T).to(precise)
-            log_q1 = torch.log_softmax(logits, -1)
+            logits, log_q1, log_p, p = (each[: len(target)] for each in spare)
+            torch.log_softmax(torch.mm(chunk, head.T, out=logits), -1, precise, out=log_q1)
+            torch.mm(cooling * teacher_hidden[i : i + rows], teacher_head.T, out=logits)
+            torch.exp(torch.log_softmax(logits, -1, precise, out=log_p), out=p)
             cross_entropy -= log_q1.gather(1, target).sum()
-            log_q = torch.log_softmax(logits.div_(temperature), -1)
-            log_p = torch.log_softmax(logits_t.div_(temperature), -1)
-            p = log_p.exp()
+            log_q = log_q1 if temperature == 1 else torch.log_softmax(cooling * log_q1, -1)
             kl += temperature**2 * torch.linalg.vecdot(p, log_p.sub_(log_q)).sum()
-            # d/dlogits: of KL T (q - p), of cross-entropy q1 - onehot(target); the sign comes last.
-            descent = p.sub_(log_q.exp_()).mul_(temperature).sub_(log_q1.exp_())
-            descent.scatter_add_(1, target, descent.new_ones(target.shape))
-            descent = descent.to(hidden.dtype)
+            # d/dlogits: of KL T (q - p), of cross-entropy q1 - onehot(target); all here over -T.
+            q1 = log_q1.exp_()
+            p.sub_(q1 if temperature == 1 else log_q.exp_()).sub_(q1, alpha=cooling)
+            descent = p.scatter_add_(1, target, p.new_full(target.shape, cooling)).to(hidden.dtype)
             torch.mm(descent, head, out=grad_hidden[i : i + rows])
-            grad_head += descent.T @ chunk
-        ctx.save_for_backward(grad_hidden.div_(-count), grad_head.div_(-count).to(head.dtype))
+            torch.addmm(grad_head, descent.T, chunk, out=grad_head)
+        scale = -temperature / count
+        ctx.save_for_backward(grad_hidden.mul_(scale), grad_head.mul_(scale))
         kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
         return kl + cross_entropy, kl, cross_entropy
     @staticmethod
     def backward(ctx, grad_loss, *not_differentiable):
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_loss * grad_hidden, grad_loss * grad_head, None, None, None, None, None
+        return *(each.mul_(grad_loss) for each in ctx.saved_tensors), *[None] * 5
 
-def distillation_loss(
-    student_hidden, student_head, teacher_hidden, teacher_head, labels, temperature=1.0, count=None
-):
+def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, labels,
+                      temperature=1.0, count=None):
     """KL(teacher || student) and next-token cross-entropy (App. B).
     student_hidden (batch, tokens, d_s) and student_head (vocabulary, d_s) make the logits, and the
     teacher's likewise, d_t wide; labels (batch, tokens): the shift by one is made here, -100 is
@@ -992,8 +994,7 @@ def tiny_batches(batch_size, seq_len, seed):
 def tiny_tokenizer():
     """The tiny world's characters as an ordinary transformers tokenizer, which saves and loads."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    vocabulary = {character: i for i, character in enumerate(TINY_ALPHABET)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer = Tokenizer(models.WordLevel(dict(zip(TINY_ALPHABET, itertools.count())), "?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     words = {"eos_token": "\n", "clean_up_tokenization_spaces": False}
@@ -1012,13 +1013,15 @@ def chain_scores(model, tokenizer, problems=200):
     example = {"prompt": prompts[0], "truth": truths[0].strip(), "answer": answers[0].strip()}
     return {"recall": scores[0], "chains": scores[1:], "example": example}
 
-def tiny_values():
-    """The content of tiny_config.json, a dict; UserError where it is broken or makes no teacher."""
-    with explained(f"{TINY_CONFIG.name} makes no teacher ({{}})."), torch.device("meta"):
-        values = json.loads(TINY_CONFIG.read_text())
+def read_config(path=None):
+    """A config.json's content, a dict; of tiny_config.json, if none is named (which must have the
+    tiny world's vocabulary). UserError: it is broken, or makes no teacher."""
+    vocabulary, name = (None, path) if path else (len(TINY_ALPHABET), TINY_CONFIG.name)
+    with explained(f"{name} makes no teacher ({{}})."), torch.device("meta"):
+        values = json.loads(Path(path or TINY_CONFIG).read_text())
         config = AutoConfig.for_model(**values)
         assert config.model_type in FAMILIES, f"model_type must be one of {', '.join(FAMILIES)}"
-        assert config.vocab_size == len(TINY_ALPHABET), f"vocab_size must be {len(TINY_ALPHABET)}"
+        assert vocabulary in (None, config.vocab_size), f"vocab_size must be {vocabulary}"
         AutoModelForCausalLM.from_config(config)
     return values
 
@@ -1033,8 +1036,7 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
         batch = placed(next(stream), teacher)
         targets = batch["labels"][:, 1:]
         logits = teacher.lm_head(last_hidden(teacher, batch)[:, :-1][targets != -100])
-        loss = F.cross_entropy(logits, targets[targets != -100])
-        loss.backward()
+        F.cross_entropy(logits, targets[targets != -100]).backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -1046,7 +1048,7 @@ def keep_tiny_teacher(folder, config):
     if rank_and_world()[0] == 0 and not folder.exists():
         say("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
         with replacing(folder) as new:
-            tiny_teacher(tiny_values(), config.seed, resolve_device(config)[0]).save_pretrained(new)
+            tiny_teacher(read_config(), config.seed, resolve_device(config)[0]).save_pretrained(new)
             tiny_tokenizer().save_pretrained(new)
     gather()
 
@@ -1096,7 +1098,7 @@ def settings_of(config, shared=False):
     settings = dataclasses.asdict(config) | {"program": "red.py", "processes": rank_and_world()[1]}
     settings["dtype"] = str(resolve_device(config)[1])
     if not config.model and not config.eval_only:
-        settings["tiny_config"] = tiny_values()
+        settings["tiny_config"] = read_config()
     return {name: value for name, value in settings.items() if name not in ignored.split()}
 
 def claim(config, shared=False):
@@ -1152,7 +1154,7 @@ def set_up(config, home, folders):
     """The task and the calibration of one seed's students, and what is to be done, announced.
     folders: what `prepare` is called with when the input is known to be good, not before."""
     task = open_task(config, config.model) if config.model else None
-    values = task.teacher.config if task else AutoConfig.for_model(**tiny_values())
+    values = task.teacher.config if task else AutoConfig.for_model(**read_config())
     hidden_size = student_width(config, values)
     gather()  # all processes have looked at the folders
     if rank_and_world()[0] == 0:
@@ -1169,13 +1171,13 @@ def set_up(config, home, folders):
     learn = len(projected_matrices(teacher)) * width * hidden_size
     # Weights, made ones with gradients, activations; 16 bytes for what learns; logits; Python.
     aligned = sum(teacher.get_submodule(name).out_features for name in aligned_modules(teacher))
-    memory = teacher.dtype.itemsize * (large + 2 * small + 3 * tokens * aligned)
-    memory = (memory + 16 * learn + 24 * 2**24) / 2**30 + 0.7
+    memory = 0.7 * 2**30 + teacher.dtype.itemsize * (large + 2 * small + 3 * tokens * aligned)
+    memory += 16 * (learn + tokens_at_once(teacher.lm_head.weight) * values.vocab_size)
     say("teacher", f"{config.model or 'tiny'}: {teacher.config.model_type}, {large:,} parameters")
     say("student", f"width {width} -> {hidden_size}, {small:,} parameters, {learn:,} learn")
     total = tokens * config.steps * config.grad_accum * world
     say("training", f"{config.steps:,} steps, {total:,} tokens of {config.data or 'its lines'}")
-    say("machine", f"{world} x {teacher.device}, {teacher.dtype}; ~{memory:.1f} GiB of memory each")
+    say("machine", f"{world} x {teacher.device}, {teacher.dtype}; ~{memory / 2**30:.1f} GiB each")
     calibration = calibrate(teacher, task.calibration, hidden_size, config.importance)
     trust = f"{calibration.overlap:.0%} of the channels (chance: {hidden_size / width:.0%})"
     say("calibration", f"the two halves of {len(task.calibration)} samples agree on {trust}")
@@ -1273,8 +1275,7 @@ def table(rows):
             yield f"{steps} step{'s' * (steps > 1)}", "{:.0%}", score
         yield "spread", "{:.2f}", row.get("singular_spread", 0.0)
         yield "similarity", "{:.2f}", statistics.fmean(row["similarity"])
-        last = len(row["erank"])
-        for block in sorted({max(1, round(last * part / 6)) for part in range(1, 7)}):
+        for block in sorted({max(1, round(len(row["erank"]) * part / 6)) for part in range(1, 7)}):
             yield f"eRank {block}", "{:.0f}", row["erank"][block - 1]
     lines = [["", *(title for title, _, _ in cells(next(iter(rows.values()))[0]))]]
     for label, several in rows.items():
@@ -1397,9 +1398,8 @@ def benchmark_work(config, alone=None):
     alone: do one of both, twice, and return the peak memory of this process, in bytes."""
     device, dtype = resolve_device(config)
     if config.benchmark_config:
-        with explained(f"{config.benchmark_config} makes no teacher ({{}})."), torch.device(device):
-            values = AutoConfig.for_model(**json.loads(Path(config.benchmark_config).read_text()))
-            assert values.model_type in FAMILIES, f"supported are {', '.join(FAMILIES)}"
+        values = AutoConfig.for_model(**read_config(config.benchmark_config))
+        with torch.device(device):
             teacher = AutoModelForCausalLM.from_config(values, dtype=dtype)
         teacher.eval().requires_grad_(False)
     else:

@@ -374,7 +374,7 @@ def test_distillation_loss_and_its_gradient(temperature, chunk_rows, monkeypatch
     labels = torch.randint(0, 30, (2, 7), generator=generator)
     labels[0, :3] = -100
     labels[1, 5] = -100
-    monkeypatch.setattr(red, "CHUNK", chunk_rows * 30)
+    monkeypatch.setattr(red, "tokens_at_once", lambda head: chunk_rows)
     hidden, head = tensors[0].requires_grad_(), tensors[1].requires_grad_()
     loss, kl, cross_entropy = red.distillation_loss(*tensors, labels, temperature)
     expected = plain_losses(*tensors, labels, temperature)
@@ -407,6 +407,27 @@ def test_alignment_loss():
     assert loss.item() == pytest.approx(rows.square().mean().item())
     loss.backward()
     assert projection.grad.abs().min() > 0  # the projection itself learns from its own target
+    same = narrow.clone().requires_grad_()
+    red.alignment_loss(same, narrow).backward()
+    assert (same.grad == 0).all()  # where student and teacher agree, as they do at ratio 1
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_losses_of_low_precision_are_those_of_high_precision(dtype, tolerance, monkeypatch):
+    """Over many chunks, too, of which the head's gradient is the sum."""
+    monkeypatch.setattr(red, "tokens_at_once", lambda head: 8)
+    generator = torch.Generator().manual_seed(0)
+    sizes = (2, 65, 16), (30, 16), (2, 65, 32), (30, 32)
+    tensors = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    labels = torch.randint(0, 30, (2, 65), generator=generator)
+    found = []
+    for precision in (dtype, torch.float64):
+        hidden, head, *others = [each.detach().to(precision).requires_grad_() for each in tensors]
+        loss, *_ = red.distillation_loss(hidden, head, *others, labels, 2.0)
+        loss = loss + red.alignment_loss(hidden, others[0][..., :16])
+        found.append([each.double() for each in (loss, *torch.autograd.grad(loss, (hidden, head)))])
+    for got, expected in zip(*found):
+        assert (got - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -540,7 +561,7 @@ def test_tiny_tokenizer_round_trip(tmp_path):
 
 @pytest.mark.parametrize("family", red.FAMILIES)
 def test_the_tiny_world_trains_in_every_family(family):
-    values = red.tiny_values() | {"model_type": family, "hidden_size": 32, "head_dim": 8}
+    values = red.read_config() | {"model_type": family, "hidden_size": 32, "head_dim": 8}
     teacher = red.tiny_teacher(values, 0, "cpu", steps=2)
     scores = red.chain_scores(teacher, red.tiny_tokenizer(), problems=2)
     assert teacher.config.model_type == family and len(scores["chains"]) == 5
@@ -549,7 +570,7 @@ def test_the_tiny_world_trains_in_every_family(family):
 @pytest.mark.parametrize("family", red.FAMILIES)
 def test_prompts_of_two_lengths_are_padded_within_the_vocabulary(family, tmp_path):
     """Saved beside a qwen2 model, a tokenizer without a pad token comes back with one of its own."""
-    teacher = red.tiny_teacher(red.tiny_values() | {"model_type": family}, 0, "cpu", steps=1)
+    teacher = red.tiny_teacher(red.read_config() | {"model_type": family}, 0, "cpu", steps=1)
     teacher.save_pretrained(tmp_path)
     red.tiny_tokenizer().save_pretrained(tmp_path)
     teacher, tokenizer = red.load_teacher(str(tmp_path))
@@ -607,7 +628,7 @@ def test_the_proxys_random_start_fans_out_and_selection_stays_together():
 
 
 def test_red_keeps_more_effective_rank_than_lrc_after_50_steps():
-    teacher = red.tiny_teacher(red.tiny_values(), 0, "cpu", steps=400)
+    teacher = red.tiny_teacher(red.read_config(), 0, "cpu", steps=400)
     stream = red.tiny_batches(16, 64, "calibration")
     calibration = red.calibrate(teacher, [next(stream) for _ in range(4)], 24)
     held_out, results = [next(stream)], {}
@@ -670,7 +691,7 @@ def test_gsm8k_is_scored_like_the_harness(monkeypatch):
 CORE = """rank_and_world add_up effective_rank linear_proxy watch placed last_hidden token_means stream_norms channel_importance select_channels
 selection_matrix gain_rescaling mean_squares aligned_modules READERS WRITERS projected_matrices
 feeding_norm ProjectedStudent initial_projections initial_gains alignment_loss
-CHUNK ChunkedDistillation distillation_loss training_step""".split()
+tokens_at_once ChunkedDistillation distillation_loss training_step""".split()
 
 
 def test_the_core_runs_where_there_is_only_torch():
@@ -717,7 +738,7 @@ def real(tmp_path_factory):
     import datasets
 
     folder = tmp_path_factory.mktemp("real")
-    teacher = red.tiny_teacher(red.tiny_values(), 0, "cpu", steps=1)
+    teacher = red.tiny_teacher(red.read_config(), 0, "cpu", steps=1)
     teacher.save_pretrained(folder / "teacher")
     red.tiny_tokenizer().save_pretrained(folder / "teacher")
     (folder / "teacher/README.md").write_text("---\nlicense: apache-2.0\n---\n")
@@ -1267,7 +1288,7 @@ def one_of_two(rank, folder):
 
 
 def make_world_model():
-    return red.tiny_teacher(red.tiny_values() | {"hidden_size": 32, "head_dim": 8}, 0, "cpu", steps=3)
+    return red.tiny_teacher(red.read_config() | {"hidden_size": 32, "head_dim": 8}, 0, "cpu", steps=3)
 
 
 def test_two_processes_are_one_on_the_whole_batch(tmp_path):
@@ -1402,6 +1423,12 @@ def test_orthogonality_penalty_and_its_gradient():
         penalty += error.square().sum().item()
         torch.testing.assert_close(more - plain, 0.7 * 4 * each @ error)
     assert (losses[1] - losses[0]).item() == pytest.approx(0.7 * penalty)
+
+
+def test_the_benchmark_refuses_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert red.main(["--benchmark-config", str(red.TINY_CONFIG)]) == 2
+    assert "torchrun" in capsys.readouterr().err
 
 
 def test_the_benchmark_runs_and_ends_with_the_ratios(capsys):
