@@ -15,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -1155,7 +1156,13 @@ def test_temperature_alone_compares_the_two_methods():
 
 def forked(words, until=None, number=signal.SIGKILL):
     """Run a command line in a process of its own; send it a signal once `until()` holds."""
-    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(red.main(words)))
+
+    def work():
+        # By default all forks share tqdm's lock: one that is killed inside it would stop the others.
+        red.tqdm.set_lock(threading.RLock())
+        sys.exit(red.main(words))
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
     process.start()
     while until and process.is_alive() and not until():
         time.sleep(0.002)
