@@ -694,13 +694,15 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     whole = make_batch(6)
     whole["labels"][0, :9] = -100  # so that the mean of means would be wrong
     parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2, 4)]
-    gradients = []
+    gradients, losses = [], []
     for batches in ([whole], parts):
-        red.training_step(teacher, student, batches, config_of(), calibration.scales)
+        totals = red.training_step(teacher, student, batches, config_of(), calibration.scales)
+        losses.append({name: float(value) for name, value in totals.items()})
         gradients.append([parameter.grad.clone() for parameter in student.parameters()])
         for parameter in student.parameters():
             parameter.grad = None
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_padding_counts_in_no_loss_even_where_it_is_labelled():
