@@ -448,6 +448,14 @@ def test_merged_equals_projected_and_exported_equals_merged(family, method, tmp_
     torch.testing.assert_close(logits(student.model, batch), merged, rtol=1e-4, atol=1e-4)
 
 
+def test_the_padding_token_is_a_token_like_any_other():
+    """transformers would keep its row of the embedding from any gradient."""
+    student, _ = make_student(make_teacher())
+    ids = torch.full((1, 4), SHAPE["pad_token_id"])
+    student.model(ids).logits.square().sum().backward()
+    assert student.model.model.embed_tokens.weight.grad[ids[0, 0]].abs().min() > 0
+
+
 def test_a_rotated_student_with_a_tied_head_is_refused():
     teacher = make_teacher("llama-tied")
     student, calibration = make_student(teacher)
