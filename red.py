@@ -4,7 +4,6 @@ He, Tang, Nie, Li, Yang, Du, Sun, Ma: "Reasoning-preserved Efficient Distillatio
 Language Models via Activation-aware Initialization", ICML 2026, arXiv 2605.29327. What is marked
 [ours] is our own reading, where the paper is silent to us. What a run does:
 
-    Config             the settings: python red.py --help
     calibrate          a few sequences show which channels the frozen teacher uses (§5)
     initial_student    every weight is the teacher's, seen through a projection (§3, App. C),
                        and RED starts all projections as one selection of channels (§5)
@@ -14,23 +13,33 @@ Language Models via Activation-aware Initialization", ICML 2026, arXiv 2605.2932
       distillation_loss  and its predictions, by KL and cross-entropy (App. B)
     make_student       the merged student is an ordinary checkpoint, only narrower (App. C)
     measure_model      held-out loss, effective rank, reasoning (§4, §6)
+
+    python red.py                                          the tiny world, nothing to download
+    python red.py --ratio 0.25 --methods red pca lrc       narrower students of it, compared
+    python red.py --model Qwen/Qwen2-0.5B --ratio 0.5      a real teacher from the hub
+    torchrun --nproc_per_node 8 red.py --model FOLDER --data FILE.jsonl
 """
 
+import argparse
 import contextlib
 import dataclasses
+import difflib
+import fcntl
+import glob
 import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zipfile
 from pathlib import Path
-from typing import Literal
 
 import safetensors
 import torch
@@ -40,59 +49,53 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ==== Settings ================================================================================
-# Every choice of a run is one field of one dataclass, with its help text. This is only what there
-# is to choose; the end of the file reads and checks it.
+# Every choice of a run is one field of one dataclass, with its help text.
 
-METHODS = ("red", "pca", "lrc", "orthogonal", "shared-orthogonal", "random-selection")
+METHODS = {  # by where all projections start
+    "red": "one selection of the teacher's most active channels: the paper's",
+    "random-selection": "one selection of random channels",
+    "pca": "the principal directions of the teacher's stream [ours, after SliceGPT]",
+    "shared-orthogonal": "one random orthonormal basis [ours]",
+    "orthogonal": "a random orthonormal basis for each matrix: the paper's ablation",
+    "lrc": "random numbers for each matrix: Low-Rank Clone",
+}
 
 
 def setting(default, help):
     """One field of Config: its default and its line in --help."""
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+    help = help if default is None else f"{help} (default: {default})"
+    given = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**given, metadata={"help": help})
 
 
 @dataclasses.dataclass
 class Config:
     """All settings of a run; the tiny world has defaults of its own, TINY_DEFAULTS below."""
 
-    # The teacher, and the students to make of it
     model: str | None = setting(None, "teacher: a folder or hub name; without it, the tiny world")
-    revision: str | None = setting(None, "hub revision of --model and --eval-only")
-    ratio: float | None = setting(None, "student width as a share of the teacher's; unset: 0.5")
-    hidden_size: int | None = setting(None, "student width itself, instead of --ratio")
-    methods: list[str] = setting(["red"], f"{', '.join(METHODS)}; lrc-T40: at temperature 40")
-    # Text: a .txt, .jsonl or .parquet file, or a hub dataset as NAME[:CONFIG[:SPLIT]]
+    ratio: float = setting(0.5, "width of a student as a share of the teacher's")
+    methods: list[str] = setting(["red"], "one or more of those below")
     data: str | None = setting(None, "text to train on; unset: FineWeb-Edu, or the tiny world's")
-    calibration_data: str | None = setting(None, "text to calibrate on; unset: --data's")
-    calibration_samples: int = setting(15, "sequences to calibrate on")
-    importance: Literal["variance", "norm-output"] = setting("variance", "what scores a channel")
-    # Training
+    calibration_samples: int = setting(15, "sequences of --data to calibrate on")
     steps: int = setting(1000, "optimiser steps; 0: export and measure the start")
     batch_size: int = setting(8, "sequences per micro-batch and process")
     grad_accum: int = setting(1, "micro-batches per optimiser step and process")
     seq_len: int = setting(512, "tokens per sequence")
     learning_rate: float = setting(3e-4, "Adam's learning rate, at its peak")
-    temperature: float = setting(1.0, "of KL, for methods that do not name their own")
+    temperature: float = setting(1.0, "that softens both distributions of KL")
     alpha: float = setting(0.2, "weight of the alignment loss")
-    alignment: Literal["relative", "plain"] = setting("relative", "over mean squares, or LRC's")
-    orthogonality: float = setting(0.0, "weight of the penalty on |P.T @ P - I|^2")
     seed: int = setting(0, "seed of everything random")
-    # Evaluation, machine, output
-    eval: Literal["none", "chains"] = setting("none", "chains: the tiny world's reasoning")
-    eval_only: str | None = setting(None, "train nothing, measure this checkpoint (and --model)")
+    eval_data: str | None = setting(None, "worked problems; unset: GSM8K, if all is from the hub")
+    eval_problems: int = setting(200, "how many of them to measure, for reasoning; 0: none")
     measure_every: int = setting(250, "steps between measures during training; 0: none")
     save_every: int = setting(250, "steps between checkpoints; 0: on a signal only")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on cuda only")
-    out: str | None = setting(None, "folder for the results; unset: runs/tiny or runs/MODEL-WIDTH")
+    out: str | None = setting(None, "folder for the results; unset: runs/ and what is not default")
     overwrite: bool = setting(False, "replace an earlier run's results in --out")
 
 
 # ==== Effective rank (§4) =====================================================================
-# The paper's instrument. Hidden states of low effective rank are hard to tell apart, and a chain
-# of reasoning that has to tell its steps apart breaks first. To copy it: torch.
+# Hidden states of low effective rank are hard to tell apart, and a chain of reasoning that has to
+# tell its steps apart breaks first. To copy it: torch.
 
 
 def effective_rank(hidden):
@@ -101,8 +104,7 @@ def effective_rank(hidden):
     hidden: (..., d), all leading dimensions are rows. Returns a float from 1 to min(rows, d), and
     0.0 for a zero matrix. ValueError: values are not finite.
     """
-    rows = hidden.detach().reshape(-1, hidden.shape[-1])
-    rows = (rows.cpu() if rows.device.type == "mps" else rows).double()  # mps has no float64
+    rows = hidden.detach().reshape(-1, hidden.shape[-1]).double()
     if not torch.isfinite(rows).all():
         raise ValueError("effective_rank needs finite values")
     rows = rows / rows.abs().max().clamp_min(1e-300)  # so that squares cannot overflow
@@ -159,44 +161,38 @@ def watch(model, names, see):
 
 
 def on_device(batch, model):
-    """A batch on the model's device: a dict of (batch, tokens) tensors.
+    """A batch, a dict, as (input_ids, labels) on the model's device: (batch, tokens) each.
 
-    batch: `input_ids`, perhaps `labels` (else the ids; -100 is ignored) and `attention_mask`.
-    Adds `real`, bool: False at padding, which is then no label either.
+    All tokens are real: there is no padding. Without `labels` they are the ids; -100 is ignored.
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
-    labels = batch.get("labels", ids).masked_fill(~real, -100)
-    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask, "real": real}
-    return {k: None if v is None else v.to(model.device) for k, v in batch.items()}
+    ids, labels = batch["input_ids"], batch.get("labels", batch["input_ids"])
+    return ids.to(model.device), labels.to(model.device)
 
 
-def last_hidden(model, batch):
+def last_hidden(model, ids, mask=None):
     """A causal model's last normed hidden states, (batch, tokens, d), without any logits."""
-    mask = batch["attention_mask"]
-    return model.model(batch["input_ids"], attention_mask=mask, use_cache=False).last_hidden_state
+    return model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
 def token_sums(model, batches, names, measure):
     """Run the model, and add up in float64 what `measure` makes of the named modules.
 
-    measure(name, input, output) gets the real tokens, (tokens, width) float32 each, and returns a
-    dict of sums over them. Returns such a dict, with the number of "tokens". ValueError: none.
+    measure(name, input, output) gets (tokens, width) float32 twice, and returns a dict of sums
+    over tokens. Returns such a dict, with the number of "tokens". ValueError: there are none.
     """
     sums = {"tokens": 0}
-    for batch in batches:
-        batch = on_device(batch, model)
-        real = batch["real"]
-        sums["tokens"] += int(real.sum())
 
-        def see(name, before, after, real=real):
-            for key, value in measure(name, before[real].float(), after[real].float()).items():
-                value = value.cpu() if value.device.type == "mps" else value  # no float64 there
-                sums[key] = sums.get(key, 0.0) + value.double()
+    def see(name, before, after):
+        before, after = before.flatten(0, 1).float(), after.flatten(0, 1).float()
+        for key, value in measure(name, before, after).items():
+            sums[key] = sums.get(key, 0.0) + value.double()
 
-        with watch(model, names, see):
-            last_hidden(model, batch)
+    with watch(model, names, see):
+        for batch in batches:
+            ids, _ = on_device(batch, model)
+            sums["tokens"] += ids.numel()
+            last_hidden(model, ids)
     if sums["tokens"] == 0:
         raise ValueError("there are no tokens to measure on")
     return sums
@@ -211,30 +207,27 @@ def token_sums(model, batches, names, measure):
 def calibration_sums(name, before, after):
     """What one module adds to `token_sums` in the pass of calibration: a dict.
 
-    Of a norm layer the sums over tokens of |y|, y and y**2 of its output y, (3, d_t), and of h h.T
-    for the stream h, each token at RMS 1, all norms in one; else the output's mean square.
+    Of a norm layer the sums over tokens of y and y**2 of its output y, (2, d_t), and of h h.T for
+    the stream h, each token at RMS 1, all norms in one; else the output's mean square.
     """
     if not name.endswith(NORMS):
         return {name: after.square().mean(-1).sum()}
     unit = before / before.square().mean(-1, keepdim=True).clamp_min(1e-12).sqrt()
-    outputs = torch.stack([after.abs().sum(0), after.sum(0), after.square().sum(0)])
-    return {name: outputs, "moment": unit.T @ unit}
+    return {name: torch.stack([after.sum(0), after.square().sum(0)]), "moment": unit.T @ unit}
 
 
-def channel_importance(sums, norms, statistic="norm-output"):
+def channel_importance(sums, norms):
     """How much the teacher uses each channel of its residual stream, (d_t,) float64 (§5).
 
-    sums: by `calibration_sums`; norms: names of the norm layers. Each layer's scores are scaled
-    to sum 1, and added [ours]. statistic: `norm-output`, the mean absolute output of the norm,
-    its gain included, or `variance`, that output's variance over the tokens (else KeyError).
+    sums: by `calibration_sums`; norms: names of the norm layers. The score is the variance of the
+    layer's output over the tokens, scaled to sum 1, and added up over the layers [ours].
     FloatingPointError: values are not finite.
     """
     total = 0.0
     for name in norms:
-        mean_absolute, mean, mean_square = sums[name] / sums["tokens"]
+        mean, mean_square = sums[name] / sums["tokens"]
         variance = (mean_square - mean.square()).clamp_min(0)
-        score = {"norm-output": mean_absolute, "variance": variance}[statistic]
-        total = total + score / score.sum()
+        total = total + variance / variance.sum()
     if not torch.isfinite(total).all():
         raise FloatingPointError("the teacher's activations are not finite")
     return total
@@ -268,9 +261,9 @@ def principal_directions(moment, hidden_size):
     return (vectors * largest.sign()).float()  # a sign that all machines agree on
 
 
-def chosen_bases(sums, norms, hidden_size, statistic):
+def chosen_bases(sums, norms, hidden_size):
     """The two bases that a calibration suggests, (d_t, d_s) each: of channels, of directions."""
-    importance = channel_importance(sums, norms, statistic)
+    importance = channel_importance(sums, norms)
     selection = selection_matrix(select_channels(importance, hidden_size), len(importance))
     return {"channels": selection, "directions": principal_directions(sums["moment"], hidden_size)}
 
@@ -287,7 +280,7 @@ class Calibration:
     scales: dict  # aligned module -> mean square of its output
 
 
-def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
+def calibrate(teacher, batches, hidden_size):
     """Measure the teacher on a list of batches, in one pass: a Calibration (§5)."""
     norms, aligned = modules_of(teacher, NORMS), modules_of(teacher, ALIGNED)
     half = len(batches) // 2
@@ -295,27 +288,26 @@ def calibrate(teacher, batches, hidden_size, statistic="norm-output"):
     second = token_sums(teacher, batches[half:], norms + aligned, calibration_sums)
     whole = {key: first[key] + second[key] for key in first}
 
-    bases = chosen_bases(whole, norms, hidden_size, statistic)
-    of_first = chosen_bases(first, norms, hidden_size, statistic)
-    of_second = chosen_bases(second, norms, hidden_size, statistic)
+    bases = chosen_bases(whole, norms, hidden_size)
+    of_first = chosen_bases(first, norms, hidden_size)
+    of_second = chosen_bases(second, norms, hidden_size)
     moment, same, energy = whole["moment"].float().cpu(), {}, {}
     for kind, basis in bases.items():
         # The mean squared cosine between two spaces; of two selections, the share in common.
         same[kind] = (of_first[kind].T @ of_second[kind]).square().sum().item() / hidden_size
         energy[kind] = ((basis.T @ moment @ basis).trace() / moment.trace()).item()
 
-    importance = channel_importance(whole, norms, statistic).cpu()
+    importance = channel_importance(whole, norms).cpu()
     scales = {name: max(whole[name].item() / whole["tokens"], 1e-12) for name in aligned}
     return Calibration(batches, importance, bases, same, energy, scales)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
-# The student is an ordinary, narrower model. Its weights are W @ P where a matrix reads the
-# stream and P.T @ W where it writes to it, made once per optimiser step; it then runs as it is
-# through any number of micro-batches, and its gradients are carried back to the projections once.
+# The student is an ordinary, narrower model. Its weights are W @ P where a matrix reads the stream
+# and P.T @ W where it writes to it, made once per step; gradients are carried back to P once.
 # Selections take the norms' gains along. Rotations cannot: gains become part of the matrices that
-# read, W @ diag(gain) @ P, and a tied head is untied, for the embedding reads no norm [ours]. To
-# copy it: torch and the sections above.
+# read, W @ diag(gain) @ P, and a tied head is untied, for the embedding reads no norm [ours].
+# To copy it: torch and the sections above.
 
 ROTATIONS = ("pca", "orthogonal", "shared-orthogonal")
 
@@ -360,18 +352,14 @@ class ProjectedStudent:
         return [*self.projections.values(), *self.gains.values()]
 
     def merged(self, name, weight):
-        """The student's tensor in place of a weight or bias of the teacher's (App. C).
-
-        Biases of o and down live in the stream and are projected like their weights; what lives
-        in head space (q/k/v biases, q_norm, k_norm) is the teacher's own [ours].
-        """
+        """The student's tensor in place of a weight or bias of the teacher's (App. C)."""
         module = name.rpartition(".")[0]
         if module in self.gains:
             return self.gains[module].to(weight.dtype)
-        if module not in self.projections:  # q_norm, k_norm
+        if module not in self.projections:  # q_norm, k_norm: in head space, as they are [ours]
             return weight
         projection, norm = self.projections[module], feeding_norm(module)
-        if module.endswith(WRITERS):
+        if module.endswith(WRITERS):  # their biases, too, are in the stream
             return projection.to(weight.dtype).T @ weight
         if weight.dim() == 1:  # a bias of q, k, v, gate or up
             return weight
@@ -400,10 +388,7 @@ class ProjectedStudent:
 
 
 def initial_projection(method, calibration, generator):
-    """Where a projection starts, by any of METHODS: (d_t, d_s) float32 (§5, §6).
-
-    `pca` and `shared-orthogonal` are ours; the latter and `orthogonal` differ in `initial_student`.
-    """
+    """Where a projection starts, by any of METHODS: (d_t, d_s) float32 (§5, §6)."""
     width, hidden_size = calibration.bases["channels"].shape
     if method == "red":
         return calibration.bases["channels"]
@@ -470,16 +455,13 @@ def initial_student(method, teacher, model, calibration, seed=0):
 # tokens, and their gradient with them: no two full logit tensors ever exist. To copy it: torch, F.
 
 
-def alignment_loss(student, teacher, projection=None, mask=None):
-    """Mean squared error between activations, over real tokens and features: a scalar (App. B).
+def alignment_loss(student, teacher, projection=None):
+    """Mean squared error between activations, over tokens and features: a scalar (App. B).
 
     student: (batch, tokens, n). teacher: the same for q, k, v, gate and up; for o and down, which
-    write to the stream, (batch, tokens, d_t), with projection (d_t, n), which learns from here,
-    too. mask: (batch, tokens), True for real tokens.
+    write to the stream, (batch, tokens, d_t), with projection (d_t, n), which learns here, too.
     """
     error = student - (teacher if projection is None else teacher @ projection.to(teacher.dtype))
-    if mask is not None:
-        error = error[mask]
     # Not mse_loss: this keeps one tensor until backward, not two, and in bfloat16 no float32 copy.
     # By rows: on a CPU the norm of many millions of numbers at once comes out too low.
     precise = torch.promote_types(error.dtype, torch.float32)
@@ -554,12 +536,6 @@ def distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, temper
     return ChunkedDistillation.apply(*inputs, temperature, count)
 
 
-def orthogonality_penalty(projections):
-    """|P.T @ P - I|^2, summed over the projections: the paper's other baseline (§6)."""
-    grams = [projection.T @ projection for projection in projections]
-    return sum((gram - torch.eye(len(gram)).to(gram)).square().sum() for gram in grams)
-
-
 # ==== One step, and the loop (App. F.1) =======================================================
 # Frozen teacher, projected student, three losses, Adam. Weight decay is 0, because it would
 # shrink the projections; warm-up, linear decay and clipping are LRC's. Under torchrun N processes
@@ -574,7 +550,7 @@ def add_up(tensors):
             torch.distributed.all_reduce(tensor)
 
 
-def teacher_forward(teacher, batch):
+def teacher_forward(teacher, ids):
     """The teacher's last hidden states, and its aligned modules' outputs by name."""
     activations = {}
 
@@ -582,21 +558,20 @@ def teacher_forward(teacher, batch):
         activations[name] = after
 
     with torch.no_grad(), watch(teacher, modules_of(teacher, ALIGNED), keep):
-        return last_hidden(teacher, batch), activations
+        return last_hidden(teacher, ids), activations
 
 
-def student_forward(student, batch, activations, scales):
+def student_forward(student, ids, activations, scales):
     """The student's last hidden states, and its alignment with the teacher's activations."""
     terms = []
-    mask = None if batch["attention_mask"] is None else batch["real"]
 
     def compare(name, before, after):  # at once, so that the teacher's activations can go
         projection = student.projections[name] if name.endswith(WRITERS) else None
-        term = alignment_loss(after, activations.pop(name), projection, mask)
+        term = alignment_loss(after, activations.pop(name), projection)
         terms.append(term / scales[name] if scales else term)
 
     with watch(student.model, modules_of(student.model, ALIGNED), compare):
-        hidden = last_hidden(student.model, batch)
+        hidden = last_hidden(student.model, ids)
     return hidden, torch.stack(terms).sum()
 
 
@@ -610,25 +585,24 @@ def training_step(teacher, student, micro_batches, config, scales=None):
     """
     # 1. All losses are means over the whole step: count its labels and tokens.
     micro_batches = [on_device(batch, teacher) for batch in micro_batches]
-    label_count = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
-    sizes = torch.stack([batch["real"].sum() for batch in micro_batches])
-    tokens = sizes.sum()
+    label_count = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
+    tokens = torch.tensor(sum(ids.numel() for ids, _ in micro_batches), device=teacher.device)
     add_up([label_count, tokens])
-    label_count, tokens, sizes = label_count.item(), tokens.item(), sizes.tolist()
+    label_count, tokens = label_count.item(), tokens.item()
 
     # 2. Make the student's weights from the projections: once.
     student.make_weights()
     head, teacher_head = student.model.lm_head.weight, teacher.lm_head.weight
 
     totals = torch.zeros(4, device=head.device)
-    for batch, size in zip(micro_batches, sizes):
+    for ids, labels in micro_batches:
         # 3. The teacher, then the student, compared with it module by module.
-        goal, activations = teacher_forward(teacher, batch)
-        hidden, alignment = student_forward(student, batch, activations, scales)
-        alignment = alignment * (size / tokens)
+        goal, activations = teacher_forward(teacher, ids)
+        hidden, alignment = student_forward(student, ids, activations, scales)
+        alignment = alignment * (ids.numel() / tokens)
 
         # 4. KL and cross-entropy, and the gradients of the student's weights.
-        inputs = (hidden, head, goal, teacher_head, batch["labels"])
+        inputs = (hidden, head, goal, teacher_head, labels)
         likelihood, kl, cross_entropy = distillation_loss(*inputs, config.temperature, label_count)
         loss = likelihood + config.alpha * alignment
         loss.backward()
@@ -637,10 +611,6 @@ def training_step(teacher, student, micro_batches, config, scales=None):
     # 5. Carry these gradients back to the projections and gains: once.
     student.carry_back()
     add_up([totals, *(parameter.grad for parameter in student.parameters())])
-    if config.orthogonality:
-        penalty = config.orthogonality * orthogonality_penalty(student.projections.values())
-        penalty.backward()
-        totals[0] += penalty.detach()
     return dict(zip(("loss", "kl", "cross_entropy", "alignment"), totals)) | {"tokens": tokens}
 
 
@@ -679,9 +649,8 @@ def distill(teacher, student, batches, config, scales=None, optimizer=None, firs
             raise FloatingPointError("ten steps in a row are not finite; lower --learning-rate")
 
         record = {k: float(v) if math.isfinite(v) else None for k, v in record.items()}
-        seconds, position = time.perf_counter() - started, micro_batches[-1].get("position")
-        record |= {"step": step + 1, "skipped": not finite, "seconds": seconds}
-        yield record | {"position": position}  # of the last batch in its source
+        record["seconds"] = time.perf_counter() - started
+        yield record | {"step": step + 1, "skipped": not finite}
 
     with torch.no_grad():
         student.make_weights()
@@ -689,20 +658,11 @@ def distill(teacher, student, batches, config, scales=None, optimizer=None, firs
 
 # ==== The tiny world ==========================================================================
 # A teacher in half a minute, with the paper's contrast in it: arithmetic modulo 10 that needs a
-# chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60 fixed pairs that need none (recall),
-# `abcd:wxyz`. Characters are tokens, and only answers are labels.
+# chain of steps (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 60 fixed pairs that need none
+# (knowledge), `abcd:wxyz`. Characters are tokens, and only answers are labels.
 
-TINY_DEFAULTS = {
-    "methods": ["red", "lrc", "lrc-T40"],
-    "importance": "norm-output",
-    "steps": 100,
-    "batch_size": 64,
-    "seq_len": 48,
-    "learning_rate": 1e-2,
-    "eval": "chains",
-    "measure_every": 10,
-    "save_every": 0,
-}
+TINY_DEFAULTS = {"methods": ["red", "lrc"], "steps": 100, "batch_size": 64, "seq_len": 48}
+TINY_DEFAULTS |= {"learning_rate": 1e-2, "measure_every": 10, "save_every": 0}
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 TINY_TEACHER_STEPS = 1500
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
@@ -711,16 +671,27 @@ TINY_PAIRS = [(f"{a}:", f"{b}\n") for a, b in zip(TINY_WORDS[::2], TINY_WORDS[1:
 TINY_STEPS = (1, 2, 3, 4, 5)
 
 
+def solution(prompt, slip=None, amount=0):
+    """The chain of steps that answers `7+5-3=?`, as text: `7+5=2;2-3=9#9` and a line's end.
+
+    slip: the step (from 0) whose result is wrong by an amount; what follows goes on from there.
+    """
+    value, chain = int(prompt[0]), []
+    for step, (sign, operand) in enumerate(zip(prompt[1:-2:2], map(int, prompt[2:-2:2]))):
+        result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign]
+        if step == slip:
+            result += amount
+        chain.append(f"{value}{sign}{operand}={result % 10}")
+        value = result % 10
+    return f"{';'.join(chain)}#{value}\n"
+
+
 def arithmetic_problem(steps, generator):
     """A random problem of `steps` operations modulo 10, as (prompt, answer) text."""
-    value = generator.randrange(10)
-    prompt, chain = str(value), []
+    prompt = str(generator.randrange(10))
     for _ in range(steps):
-        sign, operand = generator.choice("+-*"), generator.randrange(10)
-        result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
-        chain.append(f"{value}{sign}{operand}={result}")
-        prompt, value = f"{prompt}{sign}{operand}", result
-    return f"{prompt}=?", f"{';'.join(chain)}#{value}\n"
+        prompt += f"{generator.choice('+-*')}{generator.randrange(10)}"
+    return f"{prompt}=?", solution(f"{prompt}=?")
 
 
 def tiny_row(seq_len, generator):
@@ -760,9 +731,8 @@ def read_tiny_config():
     """The content of tiny_config.json, a dict. UserError: it makes no teacher of this world."""
     with as_user_error(f"{TINY_CONFIG.name} makes no teacher ({{}})."), torch.device("meta"):
         values = json.loads(TINY_CONFIG.read_text())
-        family, size = values["model_type"], len(TINY_ALPHABET)
-        refuse(family not in FAMILIES, f"{TINY_CONFIG.name}: model_type is none of {FAMILIES}.")
-        refuse(values["vocab_size"] != size, f"{TINY_CONFIG.name}: vocab_size must be {size}.")
+        fits = values["model_type"] in FAMILIES and values["vocab_size"] == len(TINY_ALPHABET)
+        refuse(not fits, f"{TINY_CONFIG.name} needs vocab_size 45, model_type one of {FAMILIES}.")
         AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
     return values
 
@@ -775,9 +745,9 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     batches = tiny_batches(16, 48, seed)  # 48 characters hold any one line
     for _ in progress(range(steps), "train teacher", delay=0):
-        batch = on_device(next(batches), teacher)
-        targets = batch["labels"][:, 1:]
-        hidden = last_hidden(teacher, batch)[:, :-1][targets != -100]
+        ids, labels = on_device(next(batches), teacher)
+        targets = labels[:, 1:]
+        hidden = last_hidden(teacher, ids)[:, :-1][targets != -100]
         F.cross_entropy(teacher.lm_head(hidden), targets[targets != -100]).backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
@@ -787,70 +757,46 @@ def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
 
 
 # ==== Evaluation (§6) =========================================================================
-# Held-out loss and effective rank of any causal language model, teacher or student alike, and the
-# tiny world's two tests: recall of its pairs, and chains of reasoning.
+# Of any causal language model. The paper chooses answers of general benchmarks by likelihood, and
+# generates those of reasoning: the tiny world asks both ways, real text for steps of solutions.
 
 
 @torch.no_grad()
-def held_out_loss(model, batches):
-    """Mean cross-entropy of the next token in nats, over the labels of all batches (§6)."""
-    total, count = 0.0, 0
-    for batch in progress(batches, "evaluate"):
-        batch = on_device(batch, model)
-        targets = batch["labels"][:, 1:]
-        labelled = targets != -100
-        hidden = last_hidden(model, batch)[:, :-1][labelled]
-        for rows, wanted in zip(hidden.split(512), targets[labelled].split(512)):
-            logits = model.lm_head(rows).float()
-            total += F.cross_entropy(logits, wanted, reduction="sum").item()
-        count += int(labelled.sum())
-    return total / max(1, count)
-
-
-@torch.no_grad()
-def block_outputs(model, batches, tokens=4096):
-    """The stream after each block, at the first real tokens: a list of (tokens, d) float32."""
-    states = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
-    for batch in batches:
-        batch = on_device(batch, model)
-
-        def see(name, before, after, real=batch["real"]):
-            states[name].append(after[real].float())
-
-        if sum(map(len, states["model.layers.0"])) < tokens:
-            with watch(model, states, see):
-                last_hidden(model, batch)
-    return [torch.cat(parts)[:tokens] for parts in states.values()]
-
-
-def evaluate(model, batches):
+def evaluate(model, batches, tokens=4096):
     """Held-out `loss` in nats per label and `perplexity`, and three lists by block (§4, §6).
 
-    `erank` of the raw stream, which massive activations rule; `erank_normalised` with each token
-    at RMS 1; `similarity`, the mean cosine of tokens. FloatingPointError: the loss is not finite.
+    Of the stream after it: `erank` with each token at RMS 1; `erank_raw` as it is, which massive
+    activations rule; `similarity`, the mean cosine of tokens. FloatingPointError: not finite.
     """
-    loss = held_out_loss(model, batches)
+    states = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
+    total, count, seen = 0.0, 0, 0
+
+    def see(name, before, after):
+        states[name].append(after.flatten(0, 1).float())
+
+    for batch in progress(batches, "evaluate"):
+        ids, labels = on_device(batch, model)
+        labelled = labels[:, 1:] != -100
+        with watch(model, states if seen < tokens else (), see):
+            hidden = last_hidden(model, ids)[:, :-1][labelled]
+        seen, count = seen + ids.numel(), count + int(labelled.sum())
+        for rows, wanted in zip(hidden.split(512), labels[:, 1:][labelled].split(512)):
+            logits = model.lm_head(rows).float()
+            total += F.cross_entropy(logits, wanted, reduction="sum").item()
+
+    loss = total / max(1, count)
     if not math.isfinite(loss):
         raise FloatingPointError("the held-out loss is not finite: try a lower --learning-rate")
-    measures = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "similarity": []}
-    measures |= {"erank": [], "erank_normalised": []}
-    for rows in block_outputs(model, batches):
-        unit, count = F.normalize(rows, dim=-1), len(rows)
-        cosines = unit.sum(0).square().sum().item() - count  # of all pairs of different tokens
-        measures["erank"].append(effective_rank(rows))
-        measures["erank_normalised"].append(effective_rank(unit))
-        measures["similarity"].append(cosines / (count * (count - 1)))
+    measures = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    measures |= {"erank": [], "erank_raw": [], "similarity": []}
+    for parts in states.values():
+        rows = torch.cat(parts)[:tokens]
+        unit, pairs = F.normalize(rows, dim=-1), len(rows) * (len(rows) - 1)
+        cosines = unit.sum(0).square().sum().item() - len(rows)  # of pairs of different tokens
+        measures["erank"].append(effective_rank(unit))
+        measures["erank_raw"].append(effective_rank(rows))
+        measures["similarity"].append(cosines / pairs)
     return measures
-
-
-def singular_values(student):
-    """Singular values of projections, over their mean: (matrices, d_s), largest first (§4)."""
-    last = len(student.model.model.layers) - 1  # all kinds of matrix, in three blocks
-    blocks = tuple(f"model.layers.{i}." for i in (0, last // 2, last))
-    chosen = (*blocks, "model.embed_tokens", "lm_head")
-    projections = [p for name, p in student.projections.items() if name.startswith(chosen)]
-    values = torch.stack([torch.linalg.svdvals(projection.detach()) for projection in projections])
-    return values / values.mean(1, keepdim=True)
 
 
 def generate(model, tokenizer, prompts, new_tokens):
@@ -858,33 +804,133 @@ def generate(model, tokenizer, prompts, new_tokens):
     end = tokenizer.eos_token_id
     options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": end}
     greedy = transformers.GenerationConfig(eos_token_id=end, **options)
-    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    batch = tokenizer(prompts, padding=len(prompts) > 1, padding_side="left", return_tensors="pt")
     output = model.generate(**batch.to(model.device), generation_config=greedy)
-    new = output[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new, skip_special_tokens=True)
+    answers = output[:, batch["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def chain_scores(model, tokenizer, problems=200):
-    """Exact answers, from 0 to 1: `recall`, `chains` over TINY_STEPS (by the digit after `#`)."""
-    generator = random.Random(12345)  # the same problems for every model, whatever the run's seed
-    groups, scores = [TINY_PAIRS], []
+@torch.no_grad()
+def share_chosen(model, tokenizer, questions):
+    """The share of questions whose right answer is likelier than every wrong one (§6).
+
+    questions: (prompt, [right answer, wrong answers]), texts; here a character is a token.
+    """
+    pairs = [(prompt, answer) for prompt, answers in questions for answer in answers]
+    batch = tokenizer([*map("".join, pairs)], padding=True, return_tensors="pt")
+    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+    starts = torch.tensor([len(prompt) for prompt, _ in pairs], device=model.device)
+    asked = mask.bool() & (torch.arange(ids.shape[1], device=model.device) >= starts[:, None])
+    logits = model.lm_head(last_hidden(model, ids, mask))[:, :-1].float()
+    targets = ids.masked_fill(~asked, -100)[:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    losses = losses.sum(1).view(len(questions), -1)
+    return (losses[:, 0] < losses[:, 1:].amin(1)).double().mean().item()
+
+
+def tiny_questions(problems):
+    """What each model is asked: TINY_PAIRS, then chains by length; (prompt, four answers) each.
+
+    The right answer is the first. Wrong are other pairs' answers, and chains with one slip.
+    """
+    generator, wrong = random.Random(12345), random.Random(54321)  # for every model the same
+    groups = [[]]
+    for prompt, truth in TINY_PAIRS:
+        others = [answer for _, answer in TINY_PAIRS if answer != truth]
+        groups[0].append((prompt, [truth, *wrong.sample(others, 3)]))
     for steps in TINY_STEPS:
-        groups.append([arithmetic_problem(steps, generator) for _ in range(problems)])
-    for group in progress(groups, "generate"):
-        prompts, truths = [prompt for prompt, _ in group], [truth for _, truth in group]
+        groups.append([])
+        for _ in range(problems):
+            prompt, truth = arithmetic_problem(steps, generator)
+            slips = [divmod(i, 9) for i in wrong.sample(range(9 * steps), 3)]
+            slipped = [solution(prompt, step, amount + 1) for step, amount in slips]
+            groups[-1].append((prompt, [truth, *slipped]))
+    return groups
+
+
+def tiny_scores(model, tokenizer, problems=200):
+    """The tiny world's questions, each asked both ways, as the paper asks its own (§6).
+
+    `pairs` and, by length, `chains`: the share that is `chosen` right among four by likelihood,
+    and `written` right: all of a pair, the digit after a chain's `#`.
+    """
+    chosen, written = [], []
+    for group in progress(tiny_questions(problems), "questions"):
+        prompts, truths = [prompt for prompt, _ in group], [answers[0] for _, answers in group]
+        chosen.append(share_chosen(model, tokenizer, group))
         answers = generate(model, tokenizer, prompts, max(map(len, truths)))
-        results = [text.strip().rpartition("#")[2] for text in answers]
-        wanted = [text.strip().rpartition("#")[2] for text in truths]
-        scores.append(sum(map(str.__eq__, results, wanted)) / len(group))
-    example = {"prompt": prompts[0], "truth": truths[0].strip(), "answer": answers[0].strip()}
-    return {"recall": scores[0], "chains": scores[1:], "example": example}
+        ends = [[text.strip().rpartition("#")[2] for text in texts] for texts in (answers, truths)]
+        written.append(sum(map(str.__eq__, *ends)) / len(group))
+    scores = {"pairs": {"chosen": chosen[0], "written": written[0]}}
+    scores["chains"] = {"chosen": chosen[1:], "written": written[1:]}
+    return scores | {"example": {"prompt": prompts[0], "answer": answers[0].strip()}}
+
+
+def worked_problem(row, tokenizer):
+    """A `question` with a worked `answer`, as GSM8K has them, in tokens: for `step_scores`.
+
+    Of the `ids`, `first` is where the answer's begin, and `results` are (start, end) of all that
+    hold a character of a result or of the `>` after it: of `24>` in `<<48/2=24>>`.
+    """
+    text = document_text(row)
+    prompt = text[: -len(row["answer"])]
+    encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    results = []
+    for match in re.finditer(r"=([^<>=]+>)>", text):
+        start, end = match.span(1)
+        places = enumerate(encoded["offset_mapping"])
+        held = [i for i, (a, b) in places if a < end and b > start >= len(prompt)]
+        if held:
+            results.append((held[0], held[-1] + 1))
+    first = sum(end <= len(prompt) for _, end in encoded["offset_mapping"])
+    ids, prompt = encoded["input_ids"], prompt.strip()
+    return {"prompt": prompt, "ids": ids, "first": first, "results": results}
+
+
+@torch.no_grad()
+def step_answers(model, problems):
+    """For each problem: for each of its results, and for each other token: is it right? (lists)."""
+    rows = [torch.tensor(problem["ids"]) for problem in problems]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    mask, ids = (ids >= 0).long().to(model.device), ids.clamp_min(0).to(model.device)
+    answers = []
+    for states, problem in zip(last_hidden(model, ids, mask), problems):
+        first, wanted = problem["first"], problem["ids"][problem["first"] :]
+        said = model.lm_head(states[first - 1 : len(problem["ids"]) - 1]).argmax(-1).tolist()
+        others, results = [a == b for a, b in zip(wanted, said)], []
+        for start, end in reversed(problem["results"]):
+            results.insert(0, all(others[start - first : end - first]))
+            del others[start - first : end - first]
+        answers.append((results, others))
+    return answers
+
+
+def step_scores(model, problems, batch_size):
+    """Which results of worked problems a model would write, given all before them (§6) [ours].
+
+    Where a teacher is too small to solve GSM8K, its solutions still tell students apart. Shares
+    from 0 to 1: `results` right, `by_step` the first, second and later, and of the other tokens
+    of the answers, a measure of general ability.
+    """
+    number, count = process()
+    mine, answers = problems[number::count], []
+    for start in progress(range(0, len(mine), batch_size), "steps"):
+        answers += step_answers(model, mine[start : start + batch_size])
+    by_step, others = [[], [], []], []
+    for results, rest in sum(gather(answers), []):
+        others += rest
+        for step, right in enumerate(results):
+            by_step[min(step, 2)].append(right)
+    groups = [sum(by_step, []), others, *by_step]
+    everything, other, *steps = [sum(group) / max(1, len(group)) for group in groups]
+    return {"results": everything, "by_step": steps, "other_tokens": other}
 
 
 # ==== Teachers and text (App. F) ==============================================================
-# A frozen teacher, and batches of text: streamed, packed into sequences, shared out over
-# processes, and read again from any position. The first documents are held out.
+# A frozen teacher, and batches of text, streamed; the first documents are held out.
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+READERS_OF = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclasses.dataclass
@@ -896,49 +942,78 @@ class Task:
     calibration: list  # batches
     held_out: list  # batches
     documents: object = None  # to train on; None: the tiny world's lines
+    problems: list = None  # with worked solutions, for `step_scores`
 
 
-def load_teacher(name, revision=None, dtype=torch.float32, device="cpu"):
-    """A frozen teacher and its tokenizer, from a folder or the hub (§3).
-
-    UserError: missing, broken, quantised, or of another family (its weights are not fetched).
-    """
+def load_teacher(name, dtype=torch.float32, device="cpu"):
+    """A frozen teacher and its tokenizer, a folder's or the hub's (§3). UserError: of no use."""
     advice = "pass a folder with config.json, all weights and tokenizer, or a hub model in reach."
-    options = {"revision": revision, "trust_remote_code": False}
     with as_user_error(f"cannot load {name!r} ({{}}); {advice}"):
-        config = AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name)
         kind, quantised = config.model_type, getattr(config, "quantization_config", None)
         refuse(kind not in FAMILIES, f"{name} is {kind!r}; supported: {', '.join(FAMILIES)}.")
         refuse(quantised, f"{name} is quantised; pass the full-precision checkpoint behind it.")
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        options |= {"config": config, "dtype": dtype, "output_loading_info": True}
+        adapter = os.path.exists(os.path.join(name, "adapter_config.json"))
+        refuse(adapter, f"{name} has an adapter beside its weights; merge it into them first.")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        options = {"config": config, "dtype": dtype, "output_loading_info": True}
         teacher, loading = AutoModelForCausalLM.from_pretrained(name, **options)
-        missing = sorted(loading["missing_keys"])
-        refuse(missing, f"the weights of {name} lack {', '.join(missing[:1])}; {advice}")
+
+    for problem in ("missing", "unexpected"):
+        keys = sorted(loading[f"{problem}_keys"])
+        refuse(keys, f"{name} does not fit its config: {problem} weights {', '.join(keys[:3])}.")
+    finite = all(torch.isfinite(parameter).all() for parameter in teacher.parameters())
+    refuse(not finite, f"the weights of {name} are not all finite numbers.")
+    known = tokenizer.vocab_size <= teacher.config.vocab_size
+    usable = known and tokenizer("1 a.")["input_ids"]
+    refuse(not usable, f"{name} lacks its tokenizer's files, or has another model's.")
     # A file may hold two different matrices where its config calls them tied: believe the file.
     teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
     return teacher.to(device).eval().requires_grad_(False), tokenizer
 
 
 def open_documents(source, flag):
-    """What a flag names -> a streaming datasets.IterableDataset. UserError: it cannot be read."""
+    """A streaming dataset whose rows have a `text`, "" where it is null. UserError: unreadable.
+
+    source: a file (or its .gz), a pattern of files, a folder, or of the hub NAME[:CONFIG[:SPLIT]].
+    """
     import datasets  # here, because it takes seconds and the tiny world needs none of it
 
     datasets.disable_progress_bars()
-    path, options = Path(source), {"split": "train"}
-    reader = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-    if reader or path.exists():
-        usable = path.is_file() and reader and path.stat().st_size > 0
-        refuse(not usable, f"{source} is no file with text; pass a .txt, .jsonl or .parquet file.")
-        options |= {"path": reader, "data_files": source}
-    else:
-        parts = source.split(":")  # of the hub: name[:config[:split]]
-        options |= dict(zip(("path", "name", "split"), parts))
-    if reader == "text":
-        options["sample_by"] = "paragraph"  # a blank line separates documents
+    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors become our one sentence
     advice = f"pass {flag} a .txt, .jsonl or .parquet file, or a hub dataset in reach."
+    files, options = files_of(source), {"path": source, "split": "train"}
+    reader = READERS_OF.get(Path(source.removesuffix(".gz")).suffix)
     with as_user_error(f"cannot read the data {source!r} ({{}}); {advice}"):
-        return datasets.load_dataset(streaming=True, **options)
+        if os.path.isfile(source) or reader and not os.path.isdir(source):
+            usable = reader and files and all(path.stat().st_size > 0 for path in files)
+            refuse(not usable, f"{source} is no file with text; {advice}")
+            options |= {"path": reader, "data_files": [glob.escape(str(path)) for path in files]}
+            if reader == "text" and b"\n\n" in files[0].read_bytes().strip():
+                options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
+        elif not files:
+            options |= dict(zip(("path", "name", "split"), source.split(":")))
+        documents = datasets.load_dataset(streaming=True, **options)
+    return documents.map(lambda row, i: {"text": document_text(row, i + 1)}, with_indices=True)
+
+
+def files_of(source):
+    """The files that a name stands for, itself, a folder's or a pattern's; none: of the hub."""
+    if os.path.isdir(source):
+        return sorted(path for path in Path(source).rglob("*") if path.is_file())
+    return [Path(source)] if os.path.exists(source) else [*map(Path, sorted(glob.glob(source)))]
+
+
+def document_text(row, number=1):
+    """A row's `question` with `answer`, or its `text`; "" where it is null. UserError: neither."""
+    question, answer, text = row.get("question"), row.get("answer"), row.get("text")
+    if question and answer:
+        return f"Question: {question}\nAnswer: {answer}"
+    usable = "text" in row or ("question" in row and "answer" in row)
+    wanted = "text in a field `text`, or in `question` and `answer`"
+    usable = usable and isinstance(text or "", str)
+    refuse(not usable, f"row {number:,} of the data lacks {wanted}; it has {', '.join(row)}.")
+    return text or ""
 
 
 def readable(items, source):
@@ -947,221 +1022,176 @@ def readable(items, source):
         yield from items
 
 
-def document_tokens(document, tokenizer):
-    """The token ids of a document's `messages`, `question` with `answer`, or `text`, and an end."""
-    chat, text = document.get("messages"), document.get("text")
-    if chat:
-        sentence = "the data holds chats, but the teacher's tokenizer has no template."
-        refuse(not tokenizer.chat_template, sentence)
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    elif document.get("question") and document.get("answer"):
-        text = f"Question: {document['question']}\nAnswer: {document['answer']}"
-    wanted = "the data needs one of the fields `text`, `messages`, `question` with `answer`"
-    refuse(text is None, f"{wanted}; it has {', '.join(map(str, document)) or 'nothing'}.")
-    # A chat template adds the special tokens itself.
-    tokens = tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"]
-    end = tokenizer.eos_token_id  # it may be there: from the tokenizer, or a template and a newline
-    return tokens if end is None or end in tokens[-2:] else tokens + [end]
-
-
-def packed(documents, tokenizer, batch_size, seq_len, carried=()):
-    """Batches cut from one long string of tokens; documents come as (place, document).
-
-    A batch's `position`: the place of its last document, and the tokens carried to the next batch.
-    """
-    tokens, size = list(carried), batch_size * seq_len
-    for place, document in documents:
-        tokens += document_tokens(document, tokenizer)
+def packed(documents, tokenizer, batch_size, seq_len):
+    """Batches cut from one long string of tokens, each document's with an end."""
+    tokens, size, end = [], batch_size * seq_len, tokenizer.eos_token_id
+    for document in documents:
+        tokens += tokenizer(document["text"], verbose=False)["input_ids"]
+        if end is not None and tokens[-1:] != [end]:
+            tokens.append(end)
         while len(tokens) >= size:
             ids = torch.tensor(tokens[:size]).view(batch_size, seq_len)
             del tokens[:size]
-            position = {"place": place, "carried": tokens.copy()}
-            yield {"input_ids": ids, "labels": ids, "position": position}
+            yield {"input_ids": ids, "labels": ids}
 
 
-def numbered_documents(documents, config, epoch, skip):
-    """Endless ((epoch, number), document) pairs for this process: its share of each epoch.
-
-    datasets resumes with an empty shuffle buffer, so the first `skip` are read again instead.
-    """
-    from datasets.distributed import split_dataset_by_node
-
-    share = {"rank": process_number(), "world_size": process_count(), "strategy": "examples"}
-    while True:
-        shuffled, number = documents.shuffle(seed=config.seed + epoch, buffer_size=2000), 0
-        for number, document in enumerate(split_dataset_by_node(shuffled, **share), 1):
-            if number > skip:
-                yield (epoch, number), document
-        refuse(number == 0, f"{config.data} has fewer training documents than processes.")
-        epoch, skip = epoch + 1, 0  # used up: again, shuffled anew
-
-
-def training_batches(config, task, position=None):
-    """Endless training batches for this process, from a `position` on (App. F.2)."""
+def training_batches(config, task):
+    """Endless training batches for this process (App. F.2), each time the same."""
+    number, count = process()
     if task.documents is None:
         lines = tiny_batches(config.batch_size, config.seq_len, f"training {config.seed}")
-        share = itertools.islice(lines, process_number(), None, process_count())
-        for number, batch in enumerate(share, 1):
-            if number > (position or 0):
-                yield batch | {"position": number}
-    else:
-        position = position or {"place": (0, 0), "carried": ()}
-        documents = numbered_documents(task.documents, config, *position["place"])
-        size = (config.batch_size, config.seq_len)
-        batches = packed(documents, task.tokenizer, *size, position["carried"])
-        yield from readable(batches, config.data)
+        return itertools.islice(lines, number, None, count)
+    from datasets.distributed import split_dataset_by_node
 
-
-def text_task(config, teacher, tokenizer):
-    """The Task of real text, streamed (App. F.2). UserError: unreadable, too short.
-
-    Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
-    """
-
-    def sequences(documents, source, count):
-        batches = packed(enumerate(documents), tokenizer, 1, config.seq_len)
-        return list(itertools.islice(readable(batches, source), count))
-
-    documents = open_documents(config.data, "--data")
-    available = sum(1 for _ in readable(documents.take(2000), config.data))
-    first = max(1, min(200, available // 10))
-    training, source = documents.skip(first), config.calibration_data or config.data
-    others = training if source == config.data else open_documents(source, "--calibration-data")
-    held_out = sequences(documents.take(first), config.data, 32)
-    calibration = sequences(others, source, config.calibration_samples)
-    advice = "give more text (in a .txt, a blank line ends a document) or a smaller --seq-len."
-    short = not held_out or not sequences(training, config.data, 1)
-    refuse(short, f"{config.data} is too short: {advice}")
-    refuse(len(calibration) < 2, f"{source} is too short to calibrate on: {advice}")
-    return Task(teacher, tokenizer, calibration, held_out, training)
+    shuffled = task.documents.shuffle(seed=config.seed, buffer_size=2000)
+    mine = split_dataset_by_node(shuffled, number, count, strategy="examples").repeat(None)
+    batches = packed(mine, task.tokenizer, config.batch_size, config.seq_len)
+    return readable(batches, config.data)
 
 
 def open_task(config, name):
-    """The Task of a teacher, or of whatever model is to be measured: a folder or a hub name."""
-    dtype = getattr(torch, config.dtype)
-    teacher, tokenizer = load_teacher(str(name), config.revision, dtype, config.device)
-    strange = config.eval == "chains" and set(TINY_ALPHABET) - set(tokenizer.get_vocab())
-    refuse(strange, "--eval chains needs a teacher of the tiny world, such as runs/tiny-llama-0.")
-    if config.data is not None:
-        return text_task(config, teacher, tokenizer)
-    samples = tiny_batches(1, config.seq_len, f"calibration {config.seed}")
-    held_out = tiny_batches(64, config.seq_len, f"held out {config.seed}")
-    calibration = list(itertools.islice(samples, config.calibration_samples))
-    return Task(teacher, tokenizer, calibration, list(itertools.islice(held_out, 2)))
+    """The Task of a teacher, a folder or hub name, and of its text (App. F.2).
+
+    Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
+    UserError: the teacher or the text is of no use.
+    """
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    teacher, tokenizer = load_teacher(str(name), dtype, own_device())
+    if config.data is None:
+        samples = tiny_batches(1, config.seq_len, f"calibration {config.seed}")
+        calibration = list(itertools.islice(samples, config.calibration_samples))
+        held_out = tiny_batches(64, config.seq_len, f"held out {config.seed}")
+        return Task(teacher, tokenizer, calibration, list(itertools.islice(held_out, 2)))
+
+    documents = open_documents(config.data, "--data")
+    texts = [row["text"] for row in readable(documents.take(2000), config.data)]
+    empty = texts.count("")
+    if empty:
+        announce("data", f"{empty:,} of the first {len(texts):,} documents are empty: left out")
+    documents = documents.filter(lambda row: row["text"] != "")
+    first = max(1, min(200, (len(texts) - empty) // 10))
+    training, batches = documents.skip(first), []
+    for some, count in ((documents.take(first), 32), (training, config.calibration_samples)):
+        sequences = readable(packed(some, tokenizer, 1, config.seq_len), config.data)
+        batches.append(list(itertools.islice(sequences, count)))
+    held_out, calibration = batches
+    short = not held_out or len(calibration) < 2 or len(texts) - empty - first < process()[1]
+    refuse(short, f"{config.data} is too short: give more text, or a smaller --seq-len.")
+    task = Task(teacher, tokenizer, calibration, held_out, training)
+    if config.eval_data is not None:
+        rows = readable(open_documents(config.eval_data, "--eval-data"), config.eval_data)
+        rows = [row for row in itertools.islice(rows, config.eval_problems) if row.get("answer")]
+        task.problems = [worked_problem(row, tokenizer) for row in rows]
+        wanted = "rows of `question` and `answer`, in which results stand as in <<48/2=24>>"
+        annotated = any(problem["results"] for problem in task.problems)
+        refuse(not annotated, f"--eval-data {config.eval_data} has no {wanted}.")
+    return task
 
 
 # ==== Folders and checkpoints =================================================================
-# A folder holds one run: its settings say which. What is finished is reused, what is not goes on,
-# a stranger's is not touched. The first process alone writes, checkpoints and JSON beside and
-# renamed; without its summary.json, written last, nothing counts as finished.
+# OUT holds the students of one teacher under one set of settings, each in a folder of its own.
+# What is finished is reused, what is not goes on; a student's summary.json comes last. The first
+# process alone writes, beside and renamed.
 
-RUN_FILES = ("summary.json", "student", "checkpoints", "metrics.jsonl", "selection.json")
-NOT_IDENTITY = ("out", "overwrite", "device", "save_every", "measure_every")
+RUN_FILES = ("summary.json", "teacher.json", "student", "checkpoints", "metrics.jsonl")
+NOT_IDENTITY = ("out", "overwrite", "save_every", "measure_every", "methods")
+LOCKS = []  # open files, which the system closes with the process, however it ends
 
 
 def write(path, value):
     """Write text, or any other value as JSON."""
-    if process_number() == 0:
+    if process()[0] == 0:
+        text = value if isinstance(value, str) else json.dumps(value, indent=1)
         beside = path.with_name(path.name + ".partial")
-        beside.write_text(value if isinstance(value, str) else json.dumps(value, indent=1))
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
 
 
 def settings_of(config):
-    """What makes a run this one and no other, a dict."""
+    """What makes a run this one and no other, a dict: settings, and what its files are."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
-    if config.model is None and config.eval_only is None:
+    if config.model is None:
         settings["tiny_config"] = read_tiny_config()
-    return settings | {"program": "red.py", "processes": process_count()}
+    for name in ("model", "data", "eval_data"):
+        stats = [path.stat() for path in files_of(settings[name] or "")]
+        newest = time.ctime(max([stat.st_mtime for stat in stats], default=0))
+        settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes of {newest}"
+    return settings | {"program": "red.py", "processes": process()[1]}
 
 
-def is_finished(folder, settings, overwrite=False):
-    """True if the folder holds this very run, finished. UserError: it holds anything else."""
+def open_folder(folder, settings, overwrite=False):
+    """See that a folder is free or holds these settings. UserError: it holds anything else."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     usable = there.is_dir() and os.access(there, os.W_OK)
     refuse(not usable, f"--out {folder} cannot be made: {there} is a file, or not yours to write.")
     if not folder.exists() or all(path.suffix == ".partial" for path in folder.iterdir()):
-        return False
-
-    with as_user_error(f"{folder} holds files of no run of RED; name another --out."):
-        stored = json.loads((folder / "settings.json").read_text())
-        refuse(stored["program"] != "red.py", f"{folder} is another program's; name another --out.")
-    finished = (folder / "summary.json").is_file()
+        return
+    sentence = f"{folder} holds files of no run of RED; name another --out."
+    with as_user_error(sentence):
+        stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        refuse(stored["program"] != "red.py", sentence)
     names = sorted(name for name in settings | stored if stored.get(name) != settings.get(name))
     different = "; ".join(f"{n}: {stored.get(n)} there, {settings.get(n)} here" for n in names)
-    # A measurement replaces no student, nor the other way round.
-    other_kind = bool(stored.get("eval_only")) != bool(settings.get("eval_only"))
-    advice = "name another --out" + ("" if other_kind else ", or pass --overwrite to replace it")
-    sentence = f"{folder} holds a run with other settings ({different}); {advice}."
-    refuse(different and (other_kind or not overwrite), sentence)
-    return finished and not overwrite
+    sentence = f"{folder} holds a run with other settings ({different}); name another --out, or"
+    refuse(different and not overwrite, f"{sentence} pass --overwrite to replace it.")
 
 
 def begin(folder, settings, overwrite=False):
-    """Make a folder this run's; overwrite: remove the results that are there."""
+    """Make a folder this command's until it ends; overwrite: remove the results in it."""
     gather()  # all processes have looked at what is there
-    if process_number() == 0:
+    if process()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in RUN_FILES if overwrite else ():  # summary first: without it, none is finished
-            shutil.rmtree(folder / name, ignore_errors=True)  # does nothing to a file or a link
-            (folder / name).unlink(missing_ok=True)
+        if str(folder) not in LOCKS:
+            LOCKS.append(str(folder))
+            with as_user_error(f"another command is at work in {folder}; name another --out."):
+                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = [path for path in folder.iterdir() if path.name in METHODS]
+        for path in [path / name for name in RUN_FILES * overwrite for path in (folder, *ours)]:
+            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file or a link
+            path.unlink(missing_ok=True)
         write(folder / "settings.json", settings)
     gather()
 
 
-def save_checkpoint(folder, step, student, optimizer, position):
+def save_checkpoint(folder, step, student, optimizer):
     """Write all that is needed to go on after `step`; the one before is kept, too. OSError."""
-    state = {"step": step, "positions": gather(position), "optimizer": optimizer.state_dict()}
-    state["student"] = [parameter.detach() for parameter in student.parameters()]
-    if process_number() == 0:
+    state = {"step": step, "student": [parameter.detach() for parameter in student.parameters()]}
+    state["optimizer"] = optimizer.state_dict()
+    if process()[0] == 0:
         folder.mkdir(exist_ok=True)
         fresh = folder / f"step-{step:07}.pt"
-        beside = fresh.with_suffix(".partial")
-        try:
-            torch.save(state, beside)
-        except RuntimeError as error:  # torch.save reports a full disk as RuntimeError
-            beside.unlink()
-            raise OSError(f"cannot write {fresh}; is the disk full?") from error
+        beside = folder / "next.partial"
+        torch.save(state, beside)
         os.replace(beside, fresh)
-        earlier = [path for path in sorted(folder.glob("step-*.pt")) if path.name < fresh.name]
-        for path in earlier[:-1]:
+        for path in sorted(folder.glob("step-*.pt"))[:-2]:
             path.unlink()
     gather()
 
 
-def newest_checkpoint(folder):
-    """Path of the newest whole checkpoint, or None. A damaged one is named and passed over."""
-    for path in sorted(folder.glob("step-*.pt"), reverse=True):
-        with contextlib.suppress(Exception):  # whatever a damaged file may raise
-            if zipfile.ZipFile(path).testzip() is None:  # reads it all, against its checksums
-                return path
-        announce("checkpoint", f"{path} is damaged; trying the one before it")
-    return None
-
-
 def load_checkpoint(folder, student, optimizer):
-    """Take up the newest whole checkpoint: (its step, this process's position), or (0, None)."""
-    path = gather(newest_checkpoint(folder) if process_number() == 0 else None)[0]  # one for all
-    if path is None:
-        return 0, None
-    state = torch.load(path, map_location="cpu", weights_only=True)  # runs no code of the file's
-    for parameter, saved in zip(student.parameters(), state["student"], strict=True):
-        parameter.data.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    announce("checkpoint", f"going on from {path}")
-    return state["step"], state["positions"][process_number()]
+    """Take up the newest checkpoint, and return its step; 0 if there is none. UserError."""
+    paths = gather(sorted(folder.glob("step-*.pt")))[0]  # the first process chooses for all
+    if not paths:
+        return 0
+    advice = "delete it to go on from the one before"
+    with as_user_error(f"{paths[-1]} is damaged ({{}}); {advice}."):
+        refuse(zipfile.ZipFile(paths[-1]).testzip(), f"{paths[-1]} is damaged: {advice}.")
+        state = torch.load(paths[-1], map_location="cpu", weights_only=True)  # runs no code of it
+        for parameter, saved in zip(student.parameters(), state["student"], strict=True):
+            parameter.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+    announce("checkpoint", f"going on from {paths[-1]}")
+    return state["step"]
 
 
 # ==== Making the students =====================================================================
-# Students of one teacher differ in how their projections start, and in nothing else. Each has
-# settings, a folder and a summary of its own.
+# They differ in how their projections start, and in nothing else.
 
 
 def student_config(teacher_config, hidden_size, untie=False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    values = teacher_config.to_dict()
-    for trace in ("quantization_config", "_name_or_path", "dtype", "transformers_version"):
-        values.pop(trace, None)
+    traces = ("quantization_config", "_name_or_path", "dtype", "transformers_version")
+    values = {k: v for k, v in teacher_config.to_dict().items() if k not in traces}
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
@@ -1169,14 +1199,12 @@ def student_config(teacher_config, hidden_size, untie=False):
     return type(teacher_config)(**values)
 
 
-def student_width(config, teacher_config):
-    """--ratio or --hidden-size -> the nearest accepted width. UserError: zero, or too wide."""
-    most = teacher_config.hidden_size
-    wanted = config.hidden_size or config.ratio * most
-    # transformers insists on multiples of a Llama's heads.
-    step = teacher_config.num_attention_heads if teacher_config.model_type == "llama" else 1
-    width, limits = step * math.floor(wanted / step + 0.5), f"from {step} to {most}"
-    refuse(width == 0 or wanted > most, f"--hidden-size must lie {limits} here, got {wanted:g}.")
+def student_width(ratio, teacher_config):
+    """The width that is nearest to a share of the teacher's. UserError: that is 0."""
+    llama = teacher_config.model_type == "llama"  # its width must be a multiple of its heads
+    step = teacher_config.num_attention_heads if llama else 1
+    width = step * math.floor(ratio * teacher_config.hidden_size / step + 0.5)
+    refuse(width == 0, f"--ratio {ratio} leaves no width; the least is {step}.")
     return width
 
 
@@ -1189,28 +1217,17 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
     return initial_student(method, teacher, model, calibration, seed)
 
 
-def planned_runs(config):
-    """Label -> settings of one student: one method, one temperature, one folder."""
-    runs = {}
-    for label in config.methods:
-        method, _, temperature = label.partition("-T")
-        temperature = float(temperature or config.temperature)
-        runs[label] = dataclasses.replace(config, methods=[method], temperature=temperature)
-        if len(config.methods) > 1:
-            runs[label].out = f"{config.out}/{label}"
-    return runs
-
-
 def tiny_teacher_folder(config):
     """Where the tiny world's teacher lies, for all runs beside each other: trained if it is not."""
     values = read_tiny_config()
     folder = Path(config.out).parent / f"tiny-{values['model_type']}-{config.seed}"
     settings = {"program": "red.py", "tiny_config": values, "seed": config.seed}
-    if not is_finished(folder, settings, config.overwrite):
+    open_folder(folder, settings, config.overwrite)
+    if config.overwrite or not (folder / "summary.json").is_file():
         announce("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
         begin(folder, settings, config.overwrite)
-        if process_number() == 0:
-            tiny_teacher(values, config.seed, config.device).save_pretrained(folder)
+        if process()[0] == 0:
+            tiny_teacher(values, config.seed, own_device()).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
         write(folder / "summary.json", {"steps": TINY_TEACHER_STEPS})
     gather()
@@ -1221,16 +1238,22 @@ def set_up(config):
     """The task of a command's teacher, and its calibration; says what is to be done."""
     name = config.model or tiny_teacher_folder(config)
     task = open_task(config, name)
-    teacher, text = task.teacher, config.data or "the tiny world's lines"
-    width, hidden_size = teacher.config.hidden_size, student_width(config, teacher.config)
-    tokens = config.batch_size * config.seq_len * config.grad_accum * process_count()
-    about = f"{teacher.config.model_type}, {teacher.num_parameters():,} parameters"
-    announce("teacher", f"{name}: {about}, width {width}")
-    announce("students", f"{', '.join(config.methods)}: width {hidden_size}, in {config.out}")
-    announce("training", f"{config.steps:,} steps, {config.steps * tokens:,} tokens of {text}")
-    announce("machine", f"{process_count()} x {config.device}, {config.dtype}")
+    teacher, methods = task.teacher, ", ".join(config.methods)
+    width, hidden_size = teacher.config.hidden_size, student_width(config.ratio, teacher.config)
+    tokens = config.batch_size * config.seq_len * config.grad_accum * config.steps * process()[1]
+    text = config.data or "the lines of the tiny world"
+    announce("teacher", f"{name}, width {width}, {teacher.num_parameters():,} parameters")
+    announce("students", f"{methods}: width {hidden_size}, in {config.out}")
+    if teacher.config.tie_word_embeddings and set(config.methods) & set(ROTATIONS):
+        more = f"{teacher.config.vocab_size * hidden_size:,} parameters"
+        announce("students", f"{', '.join(ROTATIONS)}: a head of their own, {more}")
+    announce("training", f"{tokens:,} tokens of {text}, on {process()[1]} x {teacher.device}")
+    if task.problems is not None:
+        announce("reasoning", f"{len(task.problems)} worked problems of {config.eval_data}")
+    elif config.data is not None:
+        announce("reasoning", "not measured; --eval-data openai/gsm8k:main:test would do it")
 
-    calibration = calibrate(teacher, task.calibration, hidden_size, config.importance)
+    calibration = calibrate(teacher, task.calibration, hidden_size)
     for kind, energy in calibration.energy.items():
         kept = f"{hidden_size} {kind} hold {energy:.0%} of the stream's energy, and two halves of"
         same = f"{calibration.agreement[kind]:.0%} (chance: {hidden_size / width:.0%})"
@@ -1238,204 +1261,176 @@ def set_up(config):
     return task, calibration
 
 
-def measure_progress(student, task):
-    """What is measured during training: a dict. Singular values: largest, middle, smallest."""
+def measure_progress(student, task, config):
+    """What is measured during training, as a part of a step's record."""
     with torch.no_grad():
         student.make_weights()
-    values = singular_values(student).mean(0)
-    chosen = [values[i].item() for i in (0, len(values) // 2, -1)]
-    return {"held_out": evaluate(student.model, task.held_out), "singular_values": chosen}
+    return {"held_out": measure_model(student.model, task, config, finished=False)}
 
 
-def train_student(label, config, student, task, scales):
+def train_student(method, config, folder, student, task, scales):
     """Train one student, from its start or its last checkpoint. Returns a record of each step."""
-    metrics, checkpoints = Path(config.out) / "metrics.jsonl", Path(config.out) / "checkpoints"
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
-    first, position = load_checkpoint(checkpoints, student, optimizer)
+    first = load_checkpoint(checkpoints, student, optimizer)
     if first == 0:
-        records = [{"step": 0, "tokens": 0} | measure_progress(student, task)]
+        records = [{"step": 0, "tokens": 0} | measure_progress(student, task, config)]
     else:  # what came after the checkpoint will come again
-        with as_user_error(f"{metrics} is damaged ({{}}); start anew with --overwrite."):
-            records = [json.loads(line) for line in metrics.read_text().splitlines()[: first + 1]]
+        records = [json.loads(line) for line in metrics.read_text().splitlines()[: first + 1]]
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     measure_every, save_every = config.measure_every, config.save_every
-    batches = training_batches(config, task, position)
+    # A run that goes on reads again up to where it was: a shuffled stream has no short cut.
+    batches = itertools.islice(training_batches(config, task), first * config.grad_accum, None)
     steps = distill(task.teacher, student, batches, config, scales, optimizer, first)
-    bar = progress(steps, label, delay=0, initial=first, total=config.steps)
+    bar = progress(steps, method, delay=0, initial=first, total=config.steps)
     SIGNALS.update(wait=True)
     with open(metrics, "a") as file:
         for record in bar:
-            step, position, tokens = record["step"], record.pop("position"), int(record["tokens"])
+            step, tokens = record["step"], int(record["tokens"])
             record["tokens_per_second"] = tokens / record.pop("seconds")
             record["tokens"] = step * tokens
-            bar.set_postfix(loss=record["loss"], refresh=False)
+            bar.set_postfix(nats=record["cross_entropy"], refresh=False)
             if measure_every and (step % measure_every == 0 or step == config.steps):
-                record |= measure_progress(student, task)
+                record |= measure_progress(student, task, config)
             records.append(record)
-            if process_number() == 0:
+            if process()[0] == 0:
                 file.write(json.dumps(record) + "\n")
                 file.flush()
             stopping = any(gather(SIGNALS["came"]))  # all processes stop together
             if stopping or save_every and (step % save_every == 0 or step == config.steps):
-                save_checkpoint(checkpoints, step, student, optimizer, position)
+                save_checkpoint(checkpoints, step, student, optimizer)
             if stopping:
                 raise KeyboardInterrupt
     SIGNALS.update(wait=False)
-    if any(gather(SIGNALS["came"])):  # during the last checkpoint
-        raise KeyboardInterrupt
     return records
 
 
-def make_student(label, config, task, calibration, teacher_row):
-    """One student, trained, exported and measured: its summary, a dict; all in config.out."""
-    folder, teacher, method = Path(config.out), task.teacher, config.methods[0]
-    selection = calibration.bases["channels"]
-    student = new_student(method, teacher, selection.shape[1], calibration, config.seed)
-    if process_count() > 1:  # GPUs may differ in the last digit
+def make_student(method, config, task, calibration, teacher_row):
+    """One student, trained, exported and measured: its summary, a dict; all in OUT/method."""
+    folder, teacher = Path(config.out) / method, task.teacher
+    hidden_size = calibration.bases["channels"].shape[1]
+    student = new_student(method, teacher, hidden_size, calibration, config.seed)
+    if process()[1] > 1:  # GPUs may differ in the last digit
         for parameter in student.parameters():
             torch.distributed.broadcast(parameter.data, 0)
-    if method == "red":
-        chosen = {"statistic": config.importance, "channels": selection.argmax(0).tolist()}
-        write(folder / "selection.json", chosen | {"importance": calibration.importance.tolist()})
-
-    scales = calibration.scales if config.alignment == "relative" else None
-    records = train_student(label, config, student, task, scales)
-    if process_number() == 0:  # the merged student is a standard checkpoint (App. C)
+    records = train_student(method, config, folder, student, task, calibration.scales)
+    if process()[0] == 0:  # the merged student is a standard checkpoint (App. C)
         student.model.generation_config = teacher.generation_config
         student.model.save_pretrained(folder / "student")
         task.tokenizer.save_pretrained(folder / "student")
-        name, text = config.model or "the tiny world", config.data or "its own lines"
-        card = f"---\nbase_model: {name}\n---\nA narrower {name}, distilled on {text} by `{method}`"
-        (folder / "student/README.md").write_text(f"{card}; its licence is the teacher's.\n")
     gather()
 
     # What is measured is what was written: the checkpoint, opened as anyone would open it.
-    exported, _ = load_teacher(str(folder / "student"), None, teacher.dtype, teacher.device)
+    exported, _ = load_teacher(str(folder / "student"), teacher.dtype, teacher.device)
     summary = {"method": method, "teacher": teacher_row, "tokens": records[-1]["tokens"]}
-    summary["singular_spread"] = singular_values(student).std(1, correction=0).mean().item()
+    summary["channels"] = calibration.bases["channels"].argmax(0).tolist()
     summary["curve"] = [record for record in records if "held_out" in record]
     summary |= measure_model(exported, task, config)
+    write(folder / "student" / "README.md", model_card(config, summary))
     write(folder / "summary.json", summary)
-    announce("student", f"{label}: held-out loss {summary['loss']:.3f} -> {folder / 'student'}")
     return summary
 
 
-def measure_model(model, task, config):
-    """Everything that is measured on a finished model: a dict."""
+def model_card(config, summary):
+    """What a student's folder says of it, in Markdown: its teacher, data, results and settings."""
+    name, text = config.model or "the tiny world's teacher", config.data or "the tiny world's lines"
+    results = table({"teacher": summary["teacher"], summary["method"]: summary})
+    settings = json.dumps(settings_of(config), indent=1)
+    about = f"{name}, made narrower by RED (arXiv 2605.29327) on {text}; its licence is the same."
+    return f"---\nbase_model: {name}\n---\n{about}\n\n```\n{results}\n\n{settings}\n```\n"
+
+
+def measure_model(model, task, config, finished=True):
+    """All that is measured on a model: a dict; once it is finished, with an `example` of it."""
     result = evaluate(model, task.held_out)
     result |= {"hidden_size": model.config.hidden_size, "parameters": model.num_parameters()}
-    return result | (chain_scores(model, task.tokenizer) if config.eval == "chains" else {})
+    prompt = task.tokenizer.decode(task.held_out[0]["input_ids"][0, :32])
+    if task.problems is not None:
+        result |= step_scores(model, task.problems, config.batch_size)
+        prompt = task.problems[0]["prompt"]
+    if finished and task.documents is None:
+        result |= tiny_scores(model, task.tokenizer)
+    elif finished:
+        (answer,) = generate(model, task.tokenizer, [prompt], 80)
+        result["example"] = {"prompt": prompt, "answer": answer}
+    return result
 
 
 def make_students(config):
     """All the students of a command: label -> summary, the teacher's first."""
-    out, runs, done = Path(config.out), planned_runs(config), {}
-    shared = settings_of(config)
-    del shared["methods"], shared["temperature"]
-    if len(runs) > 1:
-        is_finished(out, shared, config.overwrite)
-    for label, run in runs.items():
-        if is_finished(Path(run.out), settings_of(run), config.overwrite):
-            done[label] = json.loads((Path(run.out) / "summary.json").read_text())
-
-    if len(done) < len(runs):
+    out, settings, rows = Path(config.out), settings_of(config), {}
+    open_folder(out, settings, config.overwrite)
+    for method in config.methods if not config.overwrite else ():
+        summary, student = out / method / "summary.json", out / method / "student" / "config.json"
+        if summary.is_file() and student.is_file():
+            announce("student", f"{method}: finished before, in {out / method}")
+            rows[method] = json.loads(summary.read_text())
+    if len(rows) < len(config.methods):
         task, calibration = set_up(config)
-        teacher_row = measure_model(task.teacher, task, config)
-        # Nothing is replaced before the input is known to be good, and then all of it at once.
-        if len(runs) > 1:
-            begin(out, shared, config.overwrite)
-        todo = {label: run for label, run in runs.items() if label not in done}
-        for run in todo.values():
-            begin(Path(run.out), settings_of(run), config.overwrite)
-        for label, run in todo.items():
-            done[label] = make_student(label, run, task, calibration, teacher_row)
-    rows = {"teacher": done[config.methods[0]]["teacher"]} | {label: done[label] for label in runs}
-    if len(runs) > 1:
-        write(out / "summary.json", rows)
+        # Nothing is made or replaced before the input is known to be good.
+        begin(out, settings, config.overwrite)
+        kept = out / "teacher.json"
+        if not kept.is_file():
+            write(kept, measure_model(task.teacher, task, config))
+        teacher = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
+        for method in config.methods:
+            if method not in rows:
+                rows[method] = make_student(method, config, task, calibration, teacher)
+    rows = {"teacher": rows[config.methods[0]]["teacher"]} | {m: rows[m] for m in config.methods}
+    write(out / "summary.json", rows)
     return rows
 
 
-def measure_checkpoints(config):
-    """--eval-only: the checkpoint, and before it --model where that is given: name -> summary."""
-    folder, settings, rows = Path(config.out), settings_of(config), {}
-    is_finished(folder, settings, config.overwrite)
-    for name in (config.model, config.eval_only):
-        if name is not None:
-            task = open_task(config, name)
-            rows[name] = measure_model(task.teacher, task, config)
-            task = None  # one model at a time
-    begin(folder, settings)
-    write(folder / "summary.json", rows)
-    return rows
+# ==== Table ===================================================================================
 
 
-# ==== Table and picture =======================================================================
-# What a command ends with: the teacher and its students, side by side.
+def table_cells(row):
+    """A summary's cells for `table`, by their headings: an upper and a lower word."""
+    cells = {"|params": f"{row['parameters'] / 1e6:,.2f}M", "|loss": f"{row['loss']:.3f}"}
+    if "pairs" in row:
+        cells["pairs|chosen"] = f"{row['pairs']['chosen']:.0%}"
+        for steps, name in ((1, "1 step"), (3, "3 steps"), (5, "5 steps")):
+            cells[f"{name}|written"] = f"{row['chains']['written'][steps - 1]:.0%}"
+        cells["pairs|written"] = f"{row['pairs']['written']:.0%}"
+        cells["5 steps|chosen"] = f"{row['chains']['chosen'][4]:.0%}"
+    else:
+        cells["per-|plexity"] = f"{row['perplexity']:.4g}"
+    if "results" in row:
+        shares = zip(("|1st", "|2nd", "|3rd+"), row["by_step"])
+        cells["results|right"] = f"{row['results']:.0%}"
+        cells |= {heading: f"{share:.0%}" for heading, share in shares}
+        cells["other|tokens"] = f"{row['other_tokens']:.0%}"
+    blocks = len(row["erank"])
+    for block in sorted({1, (blocks + 1) // 2, blocks}):
+        cells[f"|{block}" if block > 1 else "eRank|at 1"] = f"{row['erank'][block - 1]:.0f}"
+    return cells
 
 
 def table(rows):
-    """Label -> summary, as text with one line for each."""
-    width, lines = max(map(len, rows)), []
-    for label, row in rows.items():
-        columns = {"parameters": f"{row['parameters'] / 1e6:,.2f}M"}
-        columns["held-out loss"] = f"{row['loss']:.3f}"
-        if "chains" in row:
-            columns["recall"] = f"{row['recall']:.0%}"
-            for steps, score in zip(TINY_STEPS, row["chains"]):
-                columns[f"{steps} step" if steps == 1 else f"{steps} steps"] = f"{score:.0%}"
-        columns["spread"] = f"{row.get('singular_spread', 0):.2f}"
-        columns["similarity"] = f"{sum(row['similarity']) / len(row['similarity']):.2f}"
-        blocks = len(row["erank"])
-        for block in sorted({max(1, round(blocks * part / 6)) for part in range(1, 7)}):
-            columns[f"eRank {block}"] = f"{row['erank'][block - 1]:.0f}"
-        cells = [cell.rjust(len(heading)) for heading, cell in columns.items()]
-        lines.append("  ".join([label.ljust(width), *cells]))
-    return "\n".join(["  ".join([" " * width, *columns]), *lines])
-
-
-STYLES = dict(zip(("teacher", *METHODS), ("k*", "C0o", "C5P", "C3s", "C2^", "C4D", "C1v")))
-
-
-def picture(rows, path):
-    """Draw label -> summary to a file (§4, Tables 6, 7)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        announce("picture", f"{path} needs matplotlib: pip install matplotlib, and this again")
-        return
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    ability, layers, training, spectrum = figure.subplots(2, 2).flat
-    for label, row in reversed(rows.items()):  # the teacher last, on top
-        style = STYLES[label.partition("-T")[0]] + (":" if "-T" in label else "-")
-        curve = row.get("curve", [])  # the teacher has none
-        steps, held_out = [p["step"] for p in curve], [p["held_out"] for p in curve]
-        erank = [sum(p["erank_normalised"]) / len(p["erank_normalised"]) for p in held_out]
-        layers.plot(range(1, len(row["erank"]) + 1), row["erank_normalised"], style, label=label)
-        training.plot(steps, erank, style)
-        spectrum.plot(steps, [p["singular_values"][0] for p in curve], style)
-        spectrum.plot(steps, [p["singular_values"][2] for p in curve], style)
-        if "chains" in row:
-            ability.plot(range(len(row["chains"]) + 1), [row["recall"], *row["chains"]], style)
-            ability.set(title="accuracy", xlabel="steps of reasoning (0: recall)")
-        else:
-            ability.plot(steps, [p["loss"] for p in held_out], style)
-            ability.set(title="held-out loss, nats per token", xlabel="training step")
-
-    layers.set(title="effective rank", xlabel="layer")
-    training.set(title="effective rank, mean of the layers", xlabel="training step")
-    ends = "largest and smallest singular value of projections, over the mean"
-    spectrum.set(title=ends, xlabel="training step")
-    for axes in figure.axes:
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    names = layers.get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", ncols=len(rows), reverse=True)
-    figure.savefig(path)
+    """Label -> summary, as text: headings in two lines, a line for each, and a legend."""
+    cells = {label: table_cells(row) for label, row in rows.items()}
+    first = rows["teacher"]
+    upper, lower = zip(*[heading.split("|") for heading in table_cells(first)])
+    lines = [("", *upper), ("", *lower), *[(label, *row.values()) for label, row in cells.items()]]
+    name, *widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for label, *values in lines:
+        padded = [value.rjust(width) for value, width in zip(values, widths)]
+        text.append("  ".join([label.ljust(name), *padded]))
+    if "pairs" in first:
+        text.append("pairs: knowledge; steps of a chain: reasoning. chosen: the likeliest of four,")
+        text.append("chance 25%; written: by the model itself (a chain ending in 0 always: 18%).")
+    if "results" in first:
+        text.append("results of the 1st, 2nd, later steps of worked problems, right if all before")
+        text.append("is given: reasoning. other tokens of these solutions: general ability.")
+    text.append("loss: held out, nats per token. eRank: after a block, each token at RMS 1.")
+    return "\n".join(text)
 
 
 # ==== Command line ============================================================================
-# Errors that the user can fix get one sentence on stderr and exit code 2; a run that breaks off
-# gets one and exit code 1.
+# One sentence on stderr: with exit code 2 where the user can fix it, 1 where a run breaks off.
 
 
 class UserError(Exception):
@@ -1448,21 +1443,20 @@ def refuse(problem, sentence):
         raise UserError(sentence)
 
 
+def one_line(error):
+    """An exception's text, or the start of it, in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
+
+
 @contextlib.contextmanager
 def as_user_error(sentence):
-    """Re-raise errors in the block as UserError: `sentence`, with the error's first line for {}."""
+    """Re-raise errors in the block as UserError: `sentence`, with the error's text for {}."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise UserError(sentence.replace("{}", first_line(error))) from error
-
-
-def first_line(error):
-    """The first line of an exception's text (and the next, if it only leads to it)."""
-    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
+        raise UserError(sentence.replace("{}", one_line(error))) from error
 
 
 SIGNALS = {"wait": False, "came": False}
@@ -1475,20 +1469,16 @@ def note_signal(number, frame):
     SIGNALS["came"] = True
 
 
-def process_count():
-    """How many processes train together: torchrun's, or 1."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if several else 1
-
-
-def process_number():
-    """Which of them this is, from 0; the first one speaks and writes."""
-    return torch.distributed.get_rank() if process_count() > 1 else 0
+def process():
+    """(This process's number, from 0, and how many train together: torchrun's, or 1)."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def gather(value=None):
     """[every process's value]; also the point where all processes wait for each other."""
-    values = [value] * process_count()
+    values = [value] * process()[1]
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     return values
@@ -1496,122 +1486,128 @@ def gather(value=None):
 
 def announce(what, text):
     """One line of what is being done, from the first process."""
-    if process_number() == 0:
+    if process()[0] == 0:
         tqdm.write(f"{what:<12} {text}")
 
 
 def progress(items, what, delay=2, **options):
     """The items behind a progress bar, which the first process shows if they take a while."""
-    quiet = process_number() > 0
-    return tqdm(items, desc=what, leave=False, delay=delay, disable=quiet, **options)
+    options |= {"leave": False, "delay": delay, "disable": process()[0] > 0}
+    return tqdm(items, desc=what, **options)
+
+
+def make_parser():
+    """The parser of all flags: one for each field of Config."""
+    tiny = [f"  {name} {value}" for name, value in TINY_DEFAULTS.items()]
+    methods = [f"  {name:<17}  {start}" for name, start in METHODS.items()]
+    after = ["defaults of the tiny world:", *tiny, "methods, by where projections start:", *methods]
+    options = {"description": __doc__, "epilog": "\n".join(after), "usage": "python red.py [flags]"}
+    options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "exit_on_error": False}
+    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
+    for action in parser._optionals._group_actions[1:]:
+        action.option_strings = action.option_strings[-1:]  # --batch_size is understood, too
+        action.metavar = action.dest.upper()
+    return parser
+
+
+def parse_words(parser, arguments):
+    """The words as a Config. UserError: a word is no flag of ours, or no value of its flag."""
+    with as_user_error("{}; python red.py --help lists every flag."):
+        options = {"look_for_args_file": False, "return_remaining_strings": True}
+        config, rest = parser.parse_args_into_dataclasses(arguments, **options)
+    near = difflib.get_close_matches(str(rest[:1]), parser._option_string_actions, 1) or ["--help"]
+    refuse(rest, f"there is no flag {' '.join(rest)}; the nearest is {near[0]}.")
+    return config
 
 
 def parse_arguments(arguments=None):
     """Command line (list of words; None: sys.argv) -> Config. A mistake raises UserError."""
-    tiny = "; ".join(f"{name} {value}" for name, value in TINY_DEFAULTS.items())
-    about = f"{__doc__.splitlines()[0]} Without --model, the tiny world has other defaults: {tiny}."
-    options = {"prog": "red.py", "description": about, "allow_abbrev": False}
-    parser = transformers.HfArgumentParser(Config, exit_on_error=False, **options)
-    with as_user_error("{}; python red.py --help lists every flag."):
-        (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-        if is_tiny(config):
-            parser.set_defaults(**TINY_DEFAULTS)
-            (config,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    fill_in(config)
+    parser = make_parser()
+    config = parse_words(parser, arguments)
+    if is_tiny(config):
+        parser.set_defaults(**TINY_DEFAULTS)
+        config = parse_words(parser, arguments)
     check(config)
+    fill_in(config, parser)
     return config
 
 
 def is_tiny(config):
-    """True if a run's text is the tiny world's: it names no other, and no real teacher."""
-    named = config.model is not None or config.eval_only is not None
-    return config.data is None and (not named or config.eval == "chains")
+    """True if a run's text is the tiny world's: it names no other, nor a teacher of another."""
+    if config.data is not None or config.model is None:
+        return config.data is None
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(Path(config.model, "config.json").read_text())
+        return values["vocab_size"] == len(TINY_ALPHABET)
+    return False
 
 
-def fill_in(config):
-    """Fill in what was not given."""
-    if config.data is None and not is_tiny(config):
-        config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
-    if config.ratio is None and config.hidden_size is None:
-        config.ratio = 0.5
-    if config.out is None:
-        config.out = "runs/tiny"
-        if config.model is not None:
-            config.out = f"runs/{Path(config.model).name}-{config.hidden_size or config.ratio}"
-        if config.eval_only is not None:
-            config.out = f"runs/eval-{Path(config.eval_only).name}"
+def fill_in(config, parser):
+    """Fill in what was not given. Runs that differ get different folders."""
+    name = [f"runs/{Path(config.model or 'tiny').name}"]
+    for field, value in vars(config).items():
+        if value != parser.get_default(field) and field not in (*NOT_IDENTITY, "model"):
+            name.append(f"{field.replace('_', '-')}-{value}".replace("/", "-"))
+    config.out = config.out or "-".join(name)
+    local = any(files_of(source or "") for source in (config.model, config.data))
+    if config.eval_problems == 0:
+        config.eval_data = None
+    elif not local and not is_tiny(config):
+        config.eval_data = config.eval_data or "openai/gsm8k:main:test"
+    if not is_tiny(config):
+        config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 
 def check(config):
     """Reject impossible settings (UserError). Loads nothing."""
-    least = {"calibration_samples": 2, "seq_len": 2, "hidden_size": 1, "batch_size": 1}
-    least |= {"grad_accum": 1, "steps": 0, "seed": 0, "alpha": 0, "orthogonality": 0}
-    least |= {"measure_every": 0, "save_every": 0}
-    out = Path(config.out).resolve()
+    least = {"calibration_samples": 2, "seq_len": 2, "batch_size": 1, "grad_accum": 1}
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
         refuse(value == "", f"{flag} is empty; name something, or leave it out.")
-        if name in least and value is not None:
-            wrong = not least[name] <= value < 2**63
-            refuse(wrong, f"{flag} must be a number of at least {least[name]}, got {value}.")
         if name in ("temperature", "learning_rate"):
             refuse(not 0 < value < math.inf, f"{flag} must be a positive number, got {value}.")
-        if name in ("data", "calibration_data", "revision") and value is not None:
-            no_model = config.model is None and config.eval_only is None
-            refuse(no_model, f"{flag} needs --model, the teacher to use.")
-        if name in ("model", "eval_only", "data", "calibration_data") and value is not None:
-            path = Path(value).resolve()
+        elif isinstance(value, int | float):
+            wrong = not least.get(name, 0) <= value < 2**63
+            refuse(wrong, f"{flag} must be a number of at least {least.get(name, 0)}, got {value}.")
+        if name in ("data", "eval_data") and value is not None:
+            refuse(config.model is None, f"{flag} needs --model, the teacher to use.")
+        if name in ("model", "data", "eval_data") and value is not None and config.out:
+            path, out = Path(value).resolve(), Path(config.out).resolve()
             inside = os.path.exists(value) and out in (path, *path.parents)
             refuse(inside, f"{value} lies in --out {config.out}; name another --out.")
 
-    given, sentence = config.ratio is not None, "--ratio and --hidden-size both give the width;"
-    refuse(given and config.hidden_size is not None, f"{sentence} name one of them.")
-    refuse(given and not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
-    for label in config.methods:
-        method, marked, temperature = label.partition("-T")
-        known = ", ".join(METHODS)
-        refuse(method not in METHODS, f"--methods knows no {label!r}; it takes {known}.")
-        sentence = f"--methods {label!r} must end in a positive temperature, as lrc-T40 does."
-        with as_user_error(sentence):
-            refuse(marked and not 0 < float(temperature) < math.inf, sentence)
-    runs = {(run.methods[0], run.temperature) for run in planned_runs(config).values()}
-    sentence = "--methods names the same method twice at one temperature; name it once."
-    refuse(len(runs) < len(config.methods), sentence)
+    refuse(not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
+    wrong = sorted(set(config.methods) & set(METHODS)) != sorted(config.methods)
+    methods = f"{', '.join(METHODS)}, each once"
+    refuse(wrong, f"--methods takes {methods}; got {' '.join(config.methods)}.")
+    unused = config.eval_data is not None and is_tiny(config)
+    refuse(unused, "--eval-data is not for the tiny world, which has questions of its own.")
 
 
-def resolve_device(config):
-    """Fill in --device and --dtype, and join torchrun's processes. UserError: no such device."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if config.device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        config.device = "cpu" if accelerator is None else accelerator.type
-    if several and config.device == "cuda":
-        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    sentence = f"there is no device {config.device!r} on this machine; --device cpu always works."
-    with as_user_error(sentence):
-        kind = torch.empty(0, device=config.device).device.type
-    refuse(kind not in ("cpu", "cuda", "mps"), sentence)
-    if config.dtype == "auto":
-        config.dtype = "bfloat16" if kind == "cuda" else "float32"
-    if kind == "cuda":
-        torch.cuda.set_device(config.device)
-    if several and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+def own_device():
+    """This process's device: a GPU of its own under torchrun, else the first, else the CPU."""
+    local = os.environ["LOCAL_RANK"] if torch.distributed.is_initialized() else 0
+    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
 
 
 def carry_out(config):
-    """Everything that one command line asks for (§6)."""
-    resolve_device(config)
-    make = make_students if config.eval_only is None else measure_checkpoints
-    rows = make(config)
-    if process_number() == 0:
-        print("\n" + table(rows))
-        if len(rows) > 2:
-            picture(rows, Path(config.out) / "compare.png")
-        for label, row in rows.items():
-            if "example" in row:
-                announce(label, row["example"]["prompt"] + row["example"]["answer"])
-    if process_count() > 1:  # its threads must not outlive Python
+    """Everything that one command line asks for."""
+    if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group()  # nccl for GPUs, gloo for CPUs
+    if torch.cuda.is_available():
+        torch.cuda.set_device(own_device())
+    rows = make_students(config)
+    answers = {"": rows["teacher"]["example"]["prompt"]}
+    answers |= {label: row["example"]["answer"] for label, row in rows.items()}
+    if process()[0] == 0:
+        print("\n" + table(rows) + "\n")
+        for label, text in answers.items():  # the same prompt, answered by all
+            text = f"{label:<17}  {' '.join(text.split())[:400]}"
+            print(textwrap.fill(text, 100, subsequent_indent=" " * 19))
+        for method in config.methods:
+            folder = f"{config.out}/{method}/student"
+            announce("student", f"AutoModelForCausalLM.from_pretrained('{folder}')")
+    if process()[1] > 1:  # its threads must not outlive Python
         torch.distributed.destroy_process_group()
 
 
@@ -1623,6 +1619,7 @@ def main(arguments=None):
     SIGNALS.update(wait=False, came=False)
     signal.signal(signal.SIGINT, note_signal)
     signal.signal(signal.SIGTERM, note_signal)
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter
     try:
         carry_out(parse_arguments(arguments))
         return 0
@@ -1630,14 +1627,18 @@ def main(arguments=None):
         code, text = 130, "interrupted; the same command goes on (without --overwrite)."
     except UserError as error:
         code, text = 2, str(error)
+    except json.JSONDecodeError as error:
+        code, text = 2, f"a file in --out is damaged ({error}); start anew with --overwrite."
     except FloatingPointError as error:
         code, text = 1, f"{error}."
-    except torch.OutOfMemoryError:
-        code, text = 1, "out of memory; try a smaller --batch-size or --seq-len."
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and process_count() == 1:
+        code, text = 1, f"{one_line(error)}; what was saved is kept, the same command goes on."
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            text = "out of memory; try a smaller --batch-size or --seq-len."
+        elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+            text = "a checkpoint cannot be written, is the disk full? The same command goes on."
+        elif isinstance(error, RuntimeError) and process()[1] == 1:
             raise  # with several, it is how torch.distributed says that another process is gone
-        code, text = 1, f"{first_line(error)}; what was saved is kept, the same command goes on."
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)  # the first process says it, and torchrun then ends this one

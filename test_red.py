@@ -5,6 +5,7 @@
 What is expected is written out here by hand: no oracle takes a name or a formula from red.py.
 """
 
+import gzip
 import itertools
 import json
 import math
@@ -172,7 +173,7 @@ def test_the_modules_of_a_block_by_name(family):
     )
 
 
-def test_sums_over_tokens_pass_padding_over_and_stream():
+def test_sums_over_tokens_stream():
     teacher, alive = make_teacher(), []
 
     def measure(name, before, after):
@@ -197,7 +198,7 @@ def test_sums_over_tokens_pass_padding_over_and_stream():
 # Calibration and selection ----------------------------------------------------------------------
 
 
-def importance_by_hand(teacher, batch, statistic):
+def importance_by_hand(teacher, batch):
     """One channel at a time, in Python's own numbers."""
     total = [0.0] * 32
     for _, normed in seen_by(teacher, NORMS, batch).values():
@@ -205,42 +206,19 @@ def importance_by_hand(teacher, batch, statistic):
         for channel in range(32):
             column = normed.flatten(0, 1).double()[:, channel].tolist()
             mean = sum(column) / len(column)
-            if statistic == "norm-output":
-                scores.append(sum(abs(x) for x in column) / len(column))
-            else:
-                scores.append(sum((x - mean) ** 2 for x in column) / len(column))
+            scores.append(sum((x - mean) ** 2 for x in column) / len(column))
         total = [old + new / sum(scores) for old, new in zip(total, scores)]
     return torch.tensor(total, dtype=torch.float64)
 
 
-def importance_of(teacher, batches, statistic):
-    return red.calibrate(teacher, batches, 16, statistic).importance
-
-
-@pytest.mark.parametrize("statistic", ["norm-output", "variance"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_channel_importance_by_brute_force(family, statistic):
+def test_channel_importance_by_brute_force(family):
     teacher, batch = make_teacher(family), make_batch(4)
     rows = [{"input_ids": row[None]} for row in batch["input_ids"]]
-    importance = importance_of(teacher, rows, statistic)
-    expected = importance_by_hand(teacher, batch, statistic)
+    importance = red.calibrate(teacher, rows, 16).importance
+    expected = importance_by_hand(teacher, batch)
     torch.testing.assert_close(importance, expected, rtol=1e-5, atol=1e-6)
     assert importance.sum().item() == pytest.approx(5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_calibration_never_sees_padding(side):
-    teacher, batch = make_teacher("qwen3"), make_batch(4)
-    blank, real = torch.zeros(4, 5, dtype=torch.long), torch.ones(4, 12, dtype=torch.long)
-    parts, marks = (batch["input_ids"], blank), (real, blank)
-    if side == "left":
-        parts, marks = parts[::-1], marks[::-1]
-    padded = {"input_ids": torch.cat(parts, 1), "attention_mask": torch.cat(marks, 1)}
-    whole = red.calibrate(teacher, [batch, batch], 16)
-    other = red.calibrate(teacher, [padded, padded], 16)
-    torch.testing.assert_close(other.importance, whole.importance, rtol=1e-4, atol=1e-5)
-    assert other.scales == pytest.approx(whole.scales, rel=1e-4)
-    assert other.energy == pytest.approx(whole.energy, rel=1e-4)
 
 
 def test_selection():
@@ -488,11 +466,10 @@ def test_a_student_of_wrong_shapes_is_refused():
 def test_nearest_width_obeys_the_family():
     llama, mistral = make_teacher().config, make_teacher("mistral").config
     for family, wanted, given in ((llama, 15, 16), (llama, 14, 16), (mistral, 15, 15)):
-        assert red.student_width(red.Config(hidden_size=wanted), family) == given
-    assert red.student_width(red.Config(ratio=0.5), llama) == 16
-    for wrong in (red.Config(hidden_size=33), red.Config(ratio=0.01), red.Config(hidden_size=1)):
-        with pytest.raises(red.UserError):
-            red.student_width(wrong, llama)
+        assert red.student_width(wanted / 32, family) == given
+    assert red.student_width(1.0, llama) == 32
+    with pytest.raises(red.UserError):
+        red.student_width(0.01, llama)
 
 
 # Losses -----------------------------------------------------------------------------------------
@@ -551,13 +528,11 @@ def test_distillation_loss_without_any_label_is_zero():
 
 def test_alignment_loss():
     student, narrow, wide, projection = random_tensors((2, 5, 6), (2, 5, 6), (2, 5, 9), (9, 6))
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     plain = sum((student[0] - narrow[0]).square().flatten().tolist()) / 30
     assert red.alignment_loss(student[:1], narrow[:1]).item() == pytest.approx(plain)
     projection.requires_grad_()
-    loss = red.alignment_loss(student, wide, projection, mask)
-    rows = torch.cat([student[0] - wide[0] @ projection, (student[1] - wide[1] @ projection)[:3]])
-    assert loss.item() == pytest.approx(rows.square().mean().item())
+    loss = red.alignment_loss(student, wide, projection)
+    assert loss.item() == pytest.approx((student - wide @ projection).square().mean().item())
     loss.backward()
     assert projection.grad.abs().min() > 0  # the projection itself learns from its own target
     same = narrow.clone().requires_grad_()
@@ -645,7 +620,7 @@ def merged_by_hand(teacher, student, rotated):
 
 def loss_by_hand(teacher, student, batch, temperature, alpha, scales, rotated):
     """The whole loss of a step by plain autograd, through weights merged by hand."""
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    inputs = {"input_ids": batch["input_ids"]}
     goal = teacher(**inputs).logits
     wanted = seen_by(teacher, LINEAR, batch)
     seen, hooks = {}, []
@@ -662,12 +637,12 @@ def loss_by_hand(teacher, student, batch, temperature, alpha, scales, rotated):
         handle.remove()
     one = torch.eye(60, dtype=torch.float64)
     kl, cross_entropy = losses_by_hand(output, one, goal, one, batch["labels"], temperature)
-    real, alignment = batch["attention_mask"].bool(), 0.0
+    alignment = 0.0
     for name in LINEAR:
         target = wanted[name][1]
         if name.endswith(("o_proj", "down_proj")):
             target = target @ student.projections[name]
-        error = (seen[name] - target)[real].square().mean()
+        error = (seen[name] - target).square().mean()
         alignment = alignment + error / (scales[name] if scales else 1)
     loss = kl + cross_entropy + alpha * alignment
     return {"loss": loss, "kl": kl, "cross_entropy": cross_entropy, "alignment": alignment}
@@ -677,13 +652,11 @@ def loss_by_hand(teacher, student, batch, temperature, alpha, scales, rotated):
 @pytest.mark.parametrize("family", ["llama-biases", "qwen3", "qwen2-tied"])
 @pytest.mark.parametrize("method", ["red", "pca", "orthogonal"])
 def test_the_steps_gradients_are_those_of_the_formulas(family, method, relative):
-    """One step against plain autograd, in float64, with padding."""
+    """One step against plain autograd, in float64."""
     teacher = make_teacher(family, torch.float64)
     student, calibration = make_student(teacher, method=method)
     scales = calibration.scales if relative else None
     batch = make_batch()
-    batch["attention_mask"] = torch.ones(3, 12, dtype=torch.long)
-    batch["attention_mask"][1, 9:] = 0
     batch["labels"][1, 9:] = -100
     config = config_of(temperature=2.0, alpha=0.3)
     totals = red.training_step(teacher, student, [batch], config, scales)
@@ -691,7 +664,7 @@ def test_the_steps_gradients_are_those_of_the_formulas(family, method, relative)
     expected = loss_by_hand(teacher, student, batch, 2.0, 0.3, scales, method in ROTATED)
     for name, value in expected.items():
         assert totals[name].item() == pytest.approx(value.item()), name
-    assert totals["tokens"] == 33
+    assert totals["tokens"] == 36
     gradients = torch.autograd.grad(expected["loss"], student.parameters())
     for gradient, wanted in zip(got, gradients, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-10)
@@ -702,7 +675,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
     student, calibration = make_student(teacher)
     whole = make_batch(6)
     whole["labels"][0, :9] = -100  # so that the mean of means would be wrong
-    parts = [{key: value[i : i + 2] for key, value in whole.items()} for i in (0, 2, 4)]
+    parts = [{key: value[i:j] for key, value in whole.items()} for i, j in ((0, 1), (1, 4), (4, 6))]
     gradients, losses = [], []
     for batches in ([whole], parts):
         totals = red.training_step(teacher, student, batches, config_of(), calibration.scales)
@@ -712,38 +685,6 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch():
             parameter.grad = None
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_padding_counts_in_no_loss_even_where_it_is_labelled():
-    teacher, results = make_teacher(), []
-    for filler in (5, 6):
-        batch = make_batch()
-        batch["attention_mask"] = torch.ones(3, 12, dtype=torch.long)
-        batch["attention_mask"][:, 8:] = 0
-        batch["input_ids"][:, 8:] = filler
-        batch["labels"] = batch["input_ids"].clone()
-        student, _ = make_student(teacher)
-        totals = red.training_step(teacher, student, [batch], config_of())
-        results.append([*map(float, totals.values()), red.evaluate(teacher, [batch])["loss"]])
-    assert results[0] == pytest.approx(results[1], rel=1e-5)
-
-
-def test_orthogonality_penalty_and_its_gradient():
-    teacher = make_teacher(dtype=torch.float64)
-    gradients, losses = [], []
-    for weight in (0.0, 0.7):
-        student, _ = make_student(teacher, method="lrc")
-        totals = red.training_step(
-            teacher, student, [make_batch()], config_of(orthogonality=weight)
-        )
-        losses.append(totals["loss"].item())
-        gradients.append([projection.grad for projection in student.projections.values()])
-    penalty = 0.0
-    for plain, more, projection in zip(*gradients, student.projections.values()):
-        error = projection.T @ projection - torch.eye(16)
-        penalty += error.square().sum().item()
-        torch.testing.assert_close(more - plain, 0.7 * 4 * projection @ error)
-    assert losses[1] - losses[0] == pytest.approx(0.7 * penalty)
 
 
 def test_learning_rate_warms_up_over_half_a_percent_and_decays_to_nothing():
@@ -873,13 +814,39 @@ def test_the_tiny_world_in_every_family(family, tmp_path):
     red.tiny_tokenizer().save_pretrained(tmp_path)
     teacher, tokenizer = red.load_teacher(str(tmp_path))
     assert teacher.config.model_type == family
-    assert len(red.chain_scores(teacher, tokenizer, problems=2)["chains"]) == 5
+    assert len(red.tiny_scores(teacher, tokenizer, problems=2)["chains"]["written"]) == 5
     together = red.generate(teacher, tokenizer, ["1+2-3*4=?", "7"], 4)
     alone = [red.generate(teacher, tokenizer, [prompt], 4)[0] for prompt in ("1+2-3*4=?", "7")]
     assert together == alone
 
 
-def test_chain_scores_are_of_exact_answers(monkeypatch):
+def test_a_slip_goes_on_consistently():
+    assert red.solution("7+5-3=?") == "7+5=2;2-3=9#9\n"
+    assert red.solution("7+5-3=?", slip=0, amount=4) == "7+5=6;6-3=3#3\n"
+    assert red.solution("7+5-3=?", slip=1, amount=9) == "7+5=2;2-3=8#8\n"
+
+
+def test_the_tiny_worlds_questions_have_one_right_answer_and_three_wrong_ones():
+    pairs, *chains = red.tiny_questions(20)
+    assert len(pairs) == 60 and [len(group) for group in chains] == [20] * 5
+    known = dict(red.TINY_PAIRS)
+    for prompt, answers in pairs:
+        assert answers[0] == known[prompt] and len(set(answers)) == 4
+        assert set(answers) <= set(known.values())
+    for steps, group in enumerate(chains, 1):
+        for prompt, (truth, *wrong) in group:
+            assert truth == red.solution(prompt) and len({truth, *wrong}) == 4
+            assert {len(answer) for answer in wrong} == {len(truth)}
+            for answer in wrong:  # one step is wrong, and each goes on from the one before
+                parts = re.findall(r"(\d)(.)(\d)=(\d)", answer)
+                right = [eval(f"({a}{sign}{b})") % 10 == int(c) for a, sign, b, c in parts]
+                assert len(parts) == steps and right.count(False) == 1
+                assert all(left[3] == part[0] for left, part in zip(parts, parts[1:]))
+                assert answer == f"{answer.split('#')[0]}#{parts[-1][3]}\n"
+    assert red.tiny_questions(20) == [pairs, *chains]
+
+
+def test_tiny_scores_are_of_exact_answers(monkeypatch):
     """A solver that knows the pairs, and errs in every second chain of three steps or more."""
     pairs = dict(red.TINY_PAIRS)
 
@@ -897,8 +864,35 @@ def test_chain_scores_are_of_exact_answers(monkeypatch):
         return answers
 
     monkeypatch.setattr(red, "generate", solve)
-    scores = red.chain_scores(None, None, problems=10)
-    assert scores["recall"] == 0.75 and scores["chains"] == [1, 1, 0.5, 0.5, 0.5]
+    monkeypatch.setattr(red, "share_chosen", lambda model, tokenizer, group: len(group))
+    scores = red.tiny_scores(None, None, problems=10)
+    assert scores["pairs"] == {"chosen": 60, "written": 0.75}
+    assert scores["chains"] == {"chosen": [10] * 5, "written": [1, 1, 0.5, 0.5, 0.5]}
+
+
+def test_what_is_chosen_is_the_likeliest_answer():
+    """Against the likelihood of each answer alone, one token at a time; a tie is not right."""
+    values = red.read_tiny_config() | {"hidden_size": 32, "head_dim": 8}
+    teacher, tokenizer = red.tiny_teacher(values, 0, "cpu", steps=30), red.tiny_tokenizer()
+    questions = [*red.tiny_questions(12)[3], *red.tiny_questions(12)[0]]
+
+    def likelihood(prompt, answer):
+        ids, total = tokenizer(prompt + answer, return_tensors="pt")["input_ids"], 0.0
+        with torch.no_grad():
+            table = teacher(ids).logits[0].double().log_softmax(-1)
+        for place in range(len(prompt), ids.shape[1]):
+            total += table[place - 1, ids[0, place]].item()
+        return total
+
+    right = []
+    for prompt, answers in questions:
+        scores = [likelihood(prompt, answer) for answer in answers]
+        right.append(scores[0] == max(scores))
+    assert red.share_chosen(teacher, tokenizer, questions) == pytest.approx(sum(right) / len(right))
+    assert 0.1 < sum(right) / len(right) < 0.9
+    with torch.no_grad():
+        teacher.lm_head.weight.zero_()  # now every answer of a length is as likely
+    assert red.share_chosen(teacher, tokenizer, questions) == 0
 
 
 def test_red_keeps_more_effective_rank_than_lrc_and_pca_starts_lower():
@@ -908,7 +902,7 @@ def test_red_keeps_more_effective_rank_than_lrc_and_pca_starts_lower():
     held_out, starts, ends = [next(samples)], {}, {}
     for method in ("red", "pca", "lrc"):
         student = red.new_student(method, teacher, 48, calibration)
-        starts[method] = red.held_out_loss(student.model, held_out)
+        starts[method] = red.evaluate(student.model, held_out)["loss"]
         batches = red.tiny_batches(16, 48, "training")
         config = config_of(steps=12, learning_rate=1e-2)
         for _ in red.distill(teacher, student, batches, config, calibration.scales):
@@ -933,27 +927,121 @@ def test_evaluate_against_plain_formulas():
     assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert result["perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-4)
     first = output.hidden_states[1].flatten(0, 1)
-    assert result["erank"][0] == pytest.approx(red.effective_rank(first), rel=1e-5)
+    assert result["erank_raw"][0] == pytest.approx(red.effective_rank(first), rel=1e-5)
     unit = first / first.square().mean(-1, keepdim=True).sqrt()
-    assert result["erank_normalised"][0] == pytest.approx(red.effective_rank(unit), rel=1e-5)
+    assert result["erank"][0] == pytest.approx(red.effective_rank(unit), rel=1e-5)
     cosines = torch.nn.functional.cosine_similarity(first[:, None], first[None], dim=-1)
     expected = (cosines.sum() - len(first)).item() / (len(first) * (len(first) - 1))
     assert result["similarity"][0] == pytest.approx(expected, abs=1e-5)
-    assert [len(rows) for rows in red.block_outputs(teacher, [batch] * 3, 40)] == [40, 40]
+    few = red.evaluate(teacher, [batch] * 3, tokens=10)  # of the loss all, of the ranks these
+    assert few["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert few["erank_raw"][0] == pytest.approx(red.effective_rank(first[:10]), rel=1e-5)
 
 
-def test_singular_values_are_of_every_kind_of_matrix_in_three_blocks():
-    kind = LlamaConfig(**SHAPE | dict(num_hidden_layers=7))
-    teacher = AutoModelForCausalLM.from_config(kind).eval().requires_grad_(False)
-    student, _ = make_student(teacher, method="lrc")
-    values = red.singular_values(student)
-    chosen = ["model.embed_tokens", "lm_head"]
-    chosen += [f"model.layers.{i}.{name}" for i in (0, 3, 6) for name in SEVEN]
-    expected = []
-    for name in chosen:
-        singular = torch.linalg.svdvals(student.projections[name].detach())
-        expected.append(singular / singular.mean())
-    torch.testing.assert_close(values.sort(0).values, torch.stack(expected).sort(0).values)
+def pieces(kind):
+    """A small real tokenizer in which tokens straddle `=` and `>>`, and all words are known."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    text = ["Question: two and 40?\nAnswer: So 40+2 = <<40+2=42>>42 it is <<42*2=84>>84.\n#### 84"]
+    if kind == "bytes":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=290, initial_alphabet=alphabet, show_progress=False
+        )
+    else:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+        tokenizer.decoder = decoders.Metaspace()
+        characters = sorted(set("".join(text) + "0123456789abcdefghijklmnopqrstuvwxyz"))
+        trainer = trainers.BpeTrainer(
+            vocab_size=80,
+            initial_alphabet=characters,
+            show_progress=False,
+            special_tokens=["<unk>"],
+        )
+    tokenizer.train_from_iterator(["=42>>42", "=84>>84", "2=8", *text], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+PROBLEMS = [
+    ("two and 40?", "So 40+2 = <<40+2=42>>42 it is <<42*2=84>>84.\n#### 84"),
+    ("one?", "It is <<1=1>>1."),
+    ("a <<1+1=2>> in the question?", "No <<2*2=4>>4 <<4-1=3>>3 <<3+9=12>>12 <<12/3=4>>4"),
+]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pieces"])
+def test_steps_against_a_loop_that_lets_the_model_write_each_result(kind):
+    """Each result is written by the model token by token; every other token likewise."""
+    tokenizer = pieces(kind)
+    torch.manual_seed(3)
+    shape = SHAPE | dict(vocab_size=len(tokenizer), max_position_embeddings=256)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).eval()
+    rows = [{"question": question, "answer": answer} for question, answer in PROBLEMS]
+    problems = [red.worked_problem(row, tokenizer) for row in rows]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(14):  # a model that knows some of the answers
+        for problem in problems:
+            ids = torch.tensor([problem["ids"]])
+            model(ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    by_step, others, straddling = [[], [], []], [], 0
+    for question, answer in PROBLEMS:
+        text = f"Question: {question}\nAnswer: {answer}"
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        begins, of_results = len(text) - len(answer), set()
+        for step, match in enumerate(re.finditer(r"=(\d+)>>", answer)):
+            start, end = begins + match.start(1), begins + match.end(1) + 1
+            tokens = [i for i, (a, b) in enumerate(places) if a < end and b > start]
+            straddling += places[tokens[0]][0] < start or places[tokens[-1]][1] > end
+            context = ids[: tokens[0]]
+            for _ in tokens:
+                with torch.no_grad():
+                    context = [
+                        *context,
+                        model(torch.tensor([context])).logits[0, -1].argmax().item(),
+                    ]
+            by_step[min(step, 2)].append(context[tokens[0] :] == [ids[i] for i in tokens])
+            of_results |= set(tokens)
+        for i, (_, end) in enumerate(places):
+            if end > begins and i not in of_results:
+                with torch.no_grad():
+                    others.append(model(torch.tensor([ids[:i]])).logits[0, -1].argmax() == ids[i])
+    assert straddling > 0 and [len(step) for step in by_step] == [3, 2, 2]
+
+    def share(answers):
+        return sum(map(float, answers)) / len(answers)
+
+    for batch_size in (1, 2, 3):
+        scores = red.step_scores(model, problems, batch_size)
+        assert scores["by_step"] == pytest.approx([share(step) for step in by_step])
+        assert scores["results"] == pytest.approx(share(sum(by_step, [])))
+        assert scores["other_tokens"] == pytest.approx(share(others))
+    assert 0 < scores["results"] < 1 and 0 < scores["other_tokens"] < 1
+
+
+def test_a_result_is_right_only_if_it_ends_where_it_should():
+    """A model that writes 42 where 4 is the result is wrong: the `>` belongs to what is asked."""
+    row = {"question": "q", "answer": "x<<2*2=4>>4"}
+    from tokenizers import Tokenizer, models
+
+    text = f"Question: {row['question']}\nAnswer: {row['answer']}"
+    vocabulary = {character: i for i, character in enumerate(sorted(set(text) | set("2")))}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocabulary, merges=[]))
+    )
+    assert "".join(tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])) == text
+    problem = red.worked_problem(row, tokenizer)
+    ((start, end),) = problem["results"]
+    assert tokenizer.convert_ids_to_tokens(problem["ids"][start:end]) == ["4", ">"]
+    first = tokenizer.convert_ids_to_tokens(problem["ids"][problem["first"] :])
+    assert "".join(first) == row["answer"]
 
 
 # Teachers and text ------------------------------------------------------------------------------
@@ -978,10 +1066,7 @@ def real(tmp_path_factory):
 
 
 def parsed(*arguments):
-    """Settings as a run has them, its device filled in."""
-    config = red.parse_arguments([*arguments, "--device", "cpu"])
-    red.resolve_device(config)
-    return config
+    return red.parse_arguments(arguments)
 
 
 def edit_weights(folder, change):
@@ -1012,48 +1097,71 @@ def test_a_file_with_two_matrices_is_not_tied_whatever_its_config_says(real, tmp
     torch.testing.assert_close(logits(student.model, batch), logits(teacher, batch))
 
 
-def test_chat_data_goes_through_the_template():
-    tokenizer = red.tiny_tokenizer()
-    chat = {"messages": [{"role": "user", "content": "1+1=?"}]}
-    with pytest.raises(red.UserError, match="template"):
-        red.document_tokens(chat, tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }};{% endfor %}"
-    text = "".join(red.TINY_ALPHABET[i] for i in red.document_tokens(chat, tokenizer))
-    assert text == "1+1=?;\n"
-
-
 def test_packing_loses_nothing_but_the_last_row():
     tokenizer = red.tiny_tokenizer()
-    documents = enumerate([{"text": "abc"}, {"text": "d"}, {"text": "efgh"}])
+    documents = [{"text": "abc"}, {"text": "d"}, {"text": "efgh"}]
     batches = list(red.packed(documents, tokenizer, 1, 5))
     texts = ["".join(red.TINY_ALPHABET[i] for i in batch["input_ids"][0]) for batch in batches]
     assert texts == ["abc\nd", "\nefgh"]
-    assert batches[0]["position"] == {"place": 1, "carried": [44]}
 
 
 def text_of(batches):
     return "".join(red.TINY_ALPHABET[i] for batch in batches for i in batch["input_ids"].flatten())
 
 
-@pytest.mark.parametrize("calibration", [(), ("--calibration-data", "{}/data.jsonl")])
-def test_held_out_text_is_neither_trained_nor_calibrated_on(real, calibration):
+def test_held_out_text_is_neither_trained_nor_calibrated_on(real):
     """Problem by problem, over more than an epoch; the whole of the rest is trained on."""
     lines = [
         json.loads(line)["question"] for line in (real / "data.jsonl").read_text().splitlines()
     ]
-    calibration = [word.replace("{}", str(real)) for word in calibration]
-    config = parsed("--model", f"{real}/teacher", "--data", f"{real}/data.jsonl", *calibration,
+    config = parsed("--model", f"{real}/teacher", "--data", f"{real}/data.jsonl",
                     "--seq-len", "64", "--batch-size", "7")  # fmt: skip
     task = red.open_task(config, config.model)
-    stream = red.training_batches(config, task)
-    batches = list(itertools.takewhile(lambda b: b["position"]["place"][0] < 2, stream))
+    batches = list(itertools.islice(red.training_batches(config, task), 50))
     assert {batch["input_ids"].shape for batch in batches} == {(7, 64)}
     trained, calibrated = text_of(batches), text_of(task.calibration)
+    assert trained.count(lines[40]) >= 2  # the data begins again
     assert lines[0] in text_of(task.held_out) and lines[30] not in text_of(task.held_out)
     assert not any(line in trained or line in calibrated for line in lines[:30])
     assert all(line in trained for line in lines[30:]) and lines[30] in calibrated
     again = list(itertools.islice(red.training_batches(config, task), len(batches)))
     assert text_of(again) == trained
+
+
+def write_gzip(path, text):
+    with gzip.open(path, "wt") as file:
+        file.write(text)
+
+
+def test_data_as_people_have_it(tmp_path):
+    """Each with the texts that are in it; null is an empty text, and a name is no pattern."""
+    rows = [{"text": "one"}, {"text": None}, {"text": "three"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "blank.txt").write_text("one\nand a half\n\ntwo\n")
+    (tmp_path / "lines.txt").write_text("one\ntwo\nthree\n")
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    write_gzip(tmp_path / "packed.jsonl.gz", lines)
+    (tmp_path / "a[1].jsonl").write_text(json.dumps({"text": "right"}))
+    (tmp_path / "a1.jsonl").write_text(json.dumps({"text": "wrong"}))
+    (tmp_path / "many").mkdir()
+    (tmp_path / "many/x.jsonl").write_text(json.dumps({"text": "x"}))
+    (tmp_path / "many/y.jsonl").write_text(json.dumps({"text": "y"}))
+    wanted = {"blank.txt": ["one\nand a half", "two"], "lines.txt": ["one", "two", "three"]}
+    wanted |= dict.fromkeys(["rows.jsonl", "array.json", "packed.jsonl.gz"], ["one", "", "three"])
+    wanted |= {"a[1].jsonl": ["right"], "many": ["x", "y"], "many/*.jsonl": ["x", "y"]}
+    for name, expected in wanted.items():
+        documents = red.open_documents(str(tmp_path / name), "--data")
+        texts = [row["text"].strip() for row in documents]
+        assert texts == expected, name
+
+
+def test_empty_documents_are_left_out_and_counted_once(real, tmp_path, capsys):
+    rows = (real / "data.jsonl").read_text().splitlines()
+    rows[40:40] = [json.dumps({"question": None, "answer": None})] * 7
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    assert red.main(run_of(real, tmp_path / "out", "--data", f"{tmp_path}/data.jsonl")) == 0
+    assert capsys.readouterr().out.count("7 of the first 307 documents are empty") == 1
 
 
 def test_data_that_breaks_halfway_gets_one_sentence():
@@ -1065,40 +1173,26 @@ def test_data_that_breaks_halfway_gets_one_sentence():
         list(red.readable(breaks(), "somewhere"))
 
 
+def as_process(monkeypatch, number, count):
+    monkeypatch.setattr(red, "process", lambda: (number, count))
+
+
 def test_each_process_reads_its_own_documents_and_together_all(real, monkeypatch):
     config = parsed("--model", f"{real}/teacher", "--data", f"{real}/data.jsonl",
                     "--seq-len", "40", "--batch-size", "1")  # fmt: skip
     task, seen = red.open_task(config, config.model), []
     for number in (0, 1):
-        monkeypatch.setattr(red, "process_number", lambda number=number: number)
-        monkeypatch.setattr(red, "process_count", lambda: 2)
-        stream = red.training_batches(config, task)
-        batches = list(itertools.takewhile(lambda b: b["position"]["place"][0] == 0, stream))
-        carried = torch.tensor(batches[-1]["position"]["carried"], dtype=torch.long)
-        text = text_of([*batches, {"input_ids": carried}])
+        as_process(monkeypatch, number, 2)
+        text = text_of(itertools.islice(red.training_batches(config, task), 180))
         seen.append(set(re.findall(r"[^: ]*#\d", text)))
     lines = (real / "data.jsonl").read_text().splitlines()[30:]
     wanted = {re.search(r"[^: ]*#\d", json.loads(line)["question"])[0] for line in lines}
-    assert len(seen[0] & seen[1]) < 10 and len(wanted - (seen[0] | seen[1])) < 3
-
-
-@pytest.mark.parametrize("tiny", [True, False])
-def test_a_stream_goes_on_from_any_of_its_positions(real, tiny):
-    source = ["--eval", "chains"] if tiny else ["--data", f"{real}/data.parquet"]
-    config = parsed("--model", f"{real}/teacher", "--seq-len", "40", "--batch-size", "3", *source)
-    task = red.open_task(config, config.model)
-    whole = list(itertools.islice(red.training_batches(config, task), 150))
-    for i in (0, 3, 80, 148):
-        position = json.loads(json.dumps(whole[i]["position"]))
-        rest = itertools.islice(red.training_batches(config, task, position), 149 - i)
-        for a, b in zip(whole[i + 1 :], rest, strict=True):
-            assert torch.equal(a["input_ids"], b["input_ids"])
-            assert json.dumps(a["position"]) == json.dumps(b["position"])
+    assert len(seen[0] & seen[1] & wanted) < 10 and len(wanted - (seen[0] | seen[1])) < 3
 
 
 # Runs and their folders -------------------------------------------------------------------------
 
-SMALL = "--steps 2 --batch-size 2 --seq-len 32 --calibration-samples 4 --device cpu".split()
+SMALL = "--steps 2 --batch-size 2 --seq-len 32 --calibration-samples 4".split()
 
 
 def run_of(real, out, *arguments, data="data.txt"):
@@ -1115,73 +1209,131 @@ def test_a_run_on_a_folder_leaves_what_it_promises(real, data, tmp_path, capsys)
     out = tmp_path / "run"
     words = run_of(real, out, data=data)
     assert red.main(words) == 0
-    files = {"settings.json", "metrics.jsonl", "summary.json", "selection.json", "student"}
-    assert {path.name for path in out.iterdir()} == files | {"checkpoints"}
-    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {path.name for path in out.iterdir()} == {
+        "settings.json", "summary.json", "teacher.json", "red"}  # fmt: skip
+    files = {"metrics.jsonl", "summary.json", "student", "checkpoints"}
+    assert {path.name for path in (out / "red").iterdir()} == files
+    lines = (out / "red/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
     assert [step["step"] for step in steps] == [0, 1, 2]
     assert [step["tokens"] for step in steps] == [0, 64, 128]
     assert all(step["loss"] > 0 and step["tokens_per_second"] > 0 for step in steps[1:])
     assert all(len(steps[i]["held_out"]["erank"]) == 3 for i in (0, 2))
     assert "held_out" not in steps[1]
-    selection = json.loads((out / "selection.json").read_text())
-    assert len(selection["channels"]) == 48 and len(selection["importance"]) == 96
-    assert selection["statistic"] == "variance"
-    student = AutoModelForCausalLM.from_pretrained(out / "student")
-    assert student.config.hidden_size == 48 == summary_of(out)["hidden_size"]
-    assert student.num_parameters() == summary_of(out)["parameters"]
-    assert transformers.AutoTokenizer.from_pretrained(out / "student")("7+")["input_ids"] == [7, 10]
-    assert (out / "student/generation_config.json").is_file()
-    assert f"base_model: {real}/teacher" in (out / "student/README.md").read_text()
+    summary = summary_of(out / "red")
+    student = AutoModelForCausalLM.from_pretrained(out / "red/student")
+    assert student.config.hidden_size == 48 == summary["hidden_size"] == len(summary["channels"])
+    assert student.num_parameters() == summary["parameters"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "red/student")
+    assert tokenizer("7+")["input_ids"] == [7, 10]
+    assert (out / "red/student/generation_config.json").is_file()
+    card = (out / "red/student/README.md").read_text()
+    assert f"base_model: {real}/teacher" in card and f"{summary['loss']:.3f}" in card
+    assert '"seq_len": 32' in card
     said = capsys.readouterr().out
-    assert "width 48" in said and "energy" in said and "held-out loss" in said
+    assert "width 48" in said and "energy" in said and f"'{out}/red/student'" in said
+    answers = [summary["teacher"]["example"], summary["example"]]
+    assert answers[0]["prompt"] == answers[1]["prompt"]
 
-    written = (out / "summary.json").stat().st_mtime_ns
-    assert red.main(words) == 0  # the same command again: reused, not done again
-    assert (out / "summary.json").stat().st_mtime_ns == written
+    written = (out / "red/summary.json").stat().st_mtime_ns
+    assert red.main(words) == 0  # the same command again: reused, not done again, and said
+    assert "finished before" in capsys.readouterr().out
+    assert (out / "red/summary.json").stat().st_mtime_ns == written
     assert red.main([*words, "--seed", "1", "--alpha", "0.5"]) == 2
     error = capsys.readouterr().err
     assert "alpha: 0.2 there, 0.5 here" in error and "seed" in error and error.count("\n") == 1
-    assert (out / "summary.json").stat().st_mtime_ns == written
+    assert (out / "red/summary.json").stat().st_mtime_ns == written
     assert red.main([*words, "--seed", "1", "--overwrite", "--steps", "0"]) == 0
-    assert summary_of(out)["tokens"] == 0
+    assert summary_of(out / "red")["tokens"] == 0
 
 
 def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, capsys):
     results = []
     for out in (tmp_path / "a", tmp_path / "b"):
-        assert red.main(run_of(real, out, "--methods", *METHODS, "lrc-T4")) == 0
+        assert red.main(run_of(real, out, "--methods", *METHODS)) == 0
         results.append(summary_of(out))
         for row in results[-1].values():
             for record in row.pop("curve", []):
                 assert record.pop("tokens_per_second", 1) > 0
     assert results[0] == results[1]
-    assert list(results[0]) == ["teacher", *METHODS, "lrc-T4"]
-    assert (tmp_path / "a/lrc-T4/student/config.json").is_file()
-    assert results[0]["red"]["singular_spread"] < results[0]["lrc"]["singular_spread"]
-    assert results[0]["lrc"]["loss"] != results[0]["lrc-T4"]["loss"]
-    settings = json.loads((tmp_path / "a/lrc-T4/settings.json").read_text())
-    assert settings["temperature"] == 4 and settings["methods"] == ["lrc"]
-    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
-    assert [line.split()[0] for line in table[1:9]] == ["teacher", *METHODS, "lrc-T4"]
-    assert f"{results[0]['lrc']['loss']:.3f}" in table[4]
-    assert len({len(line) for line in table[:9]}) == 1
-    one_more = run_of(real, tmp_path / "a", "--methods", "lrc", "lrc-T5")
+    assert list(results[0]) == ["teacher", *METHODS]
+    said = capsys.readouterr().out
+    table = said.split("\n\n")[-2].splitlines()
+    assert [line.split()[0] for line in table[2:9]] == ["teacher", *METHODS]
+    assert f"{results[0]['lrc']['loss']:.3f}" in table[5]
+    assert len({len(line) for line in table[:9]}) == 1 and len(table[0]) <= 100
     finished = (tmp_path / "a/lrc/summary.json").stat().st_mtime_ns
-    assert red.main(one_more) == 0  # what is finished is reused
+    shutil.rmtree(tmp_path / "a/pca/student")  # finished, but gone: made again
+    assert red.main(run_of(real, tmp_path / "a", "--methods", "lrc", "pca")) == 0
     assert (tmp_path / "a/lrc/summary.json").stat().st_mtime_ns == finished
-    assert list(summary_of(tmp_path / "a")) == ["teacher", "lrc", "lrc-T5"]
+    assert (tmp_path / "a/pca/student/config.json").is_file()
+    assert list(summary_of(tmp_path / "a")) == ["teacher", "lrc", "pca"]
+
+
+def test_what_a_head_of_their_own_costs_is_said(tmp_path, real, capsys):
+    values = red.read_tiny_config() | {"tie_word_embeddings": True}
+    red.tiny_teacher(values, 0, "cpu", steps=1).save_pretrained(tmp_path / "teacher")
+    red.tiny_tokenizer().save_pretrained(tmp_path / "teacher")
+    shutil.copy(real / "data.txt", tmp_path)
+    assert red.main(run_of(tmp_path, tmp_path / "out", "--methods", "red", "pca")) == 0
+    assert f"a head of their own, {45 * 48:,} parameters" in capsys.readouterr().out
+    rows = summary_of(tmp_path / "out")
+    assert rows["pca"]["parameters"] - rows["red"]["parameters"] == 45 * 48
+
+
+def test_reasoning_is_measured_on_worked_problems(real, tmp_path, capsys):
+    """At the end and during training, and what is asked is what the file says."""
+    rows = [{"question": "q", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}"} for i in range(9)]
+    (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copytree(real / "teacher", tmp_path / "teacher")
+    letters = json.loads((tmp_path / "teacher/tokenizer.json").read_text())
+    for old, new in (("x", "<"), ("y", ">")):
+        letters["model"]["vocab"][new] = letters["model"]["vocab"].pop(old)
+    (tmp_path / "teacher/tokenizer.json").write_text(json.dumps(letters))
+    shutil.copy(real / "data.txt", tmp_path)
+    words = run_of(tmp_path, tmp_path / "out", "--eval-data", f"{tmp_path}/problems.jsonl")
+    assert red.main([*words, "--eval-problems", "7"]) == 0
+    said = capsys.readouterr().out
+    assert "7 worked problems of" in said and "right" in said.split("\n\n")[-2]
+    rows = summary_of(tmp_path / "out")
+    for row in (*rows.values(), *[point["held_out"] for point in rows["red"]["curve"]]):
+        assert 0 <= row["results"] <= 1 and len(row["by_step"]) == 3
+    assert rows["red"]["example"]["prompt"].endswith("Answer:")
+    assert red.main(run_of(tmp_path, tmp_path / "other")) == 0
+    assert "not measured; --eval-data" in capsys.readouterr().out
+    assert "right" not in table_of(summary_of(tmp_path / "other"))
+
+
+def table_of(rows):
+    return red.table(rows)
+
+
+def test_the_table_has_at_most_100_columns_and_only_what_is_measured():
+    row = {"parameters": 134e6, "loss": 12.3456, "perplexity": 1234567.8, "erank": [250.0] * 30}
+    row |= {"results": 1.0, "by_step": [1.0] * 3, "other_tokens": 1.0}
+    wide = red.table({"teacher": row, "random-selection": row}).splitlines()
+    assert max(map(len, wide)) <= 100 and wide[3].startswith("random-selection")
+    assert "1.235e+06" in wide[3] and " 15  " in wide[1]
+    tiny = {
+        "pairs": {"chosen": 1.0, "written": 1.0},
+        "chains": dict.fromkeys(("chosen", "written")),
+    }
+    tiny["chains"] = {"chosen": [0.81] * 5, "written": [0.11, 0.22, 0.33, 0.44, 0.55]}
+    tiny |= {"parameters": 1e5, "loss": 0.1, "perplexity": 1.1, "erank": [50.0] * 3}
+    lines = red.table({"teacher": tiny, "shared-orthogonal": tiny}).splitlines()
+    assert max(map(len, lines)) <= 100 and "chance 25%" in "".join(lines)
+    assert lines[2].split()[4:9] == ["11%", "33%", "55%", "100%", "81%"]
 
 
 def test_settings_reach_what_they_are_for(real, tmp_path):
-    """Each changes the result, and the two ways of scoring and of aligning differ."""
+    """Each changes the result."""
     losses = []
-    changes = ["", "--importance norm-output", "--alignment plain", "--alpha 0.9", "--seed 3",
-               "--temperature 9", "--orthogonality 0.5", "--learning-rate 1e-2", "--grad-accum 3",
-               "--calibration-samples 2", "--hidden-size 32"]  # fmt: skip
+    changes = ["", "--alpha 0.9", "--seed 3", "--temperature 9", "--learning-rate 1e-2",
+               "--grad-accum 3", "--calibration-samples 2", "--ratio 0.33"]  # fmt: skip
     for i, change in enumerate(changes):
         words = run_of(real, tmp_path / str(i), *change.split())
         assert red.main(words) == 0
-        losses.append(summary_of(tmp_path / str(i))["loss"])
+        losses.append(summary_of(tmp_path / str(i))["red"]["loss"])
     assert len(set(losses)) == len(changes)
 
 
@@ -1189,16 +1341,22 @@ def test_the_tiny_worlds_teacher_is_shared_by_the_runs_beside_each_other(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    honest, score = red.tiny_teacher, red.chain_scores
+    honest, score = red.tiny_teacher, red.tiny_scores
     monkeypatch.setattr(red, "tiny_teacher", lambda values, *rest: honest(values, *rest, steps=3))
-    monkeypatch.setattr(red, "chain_scores", lambda model, words: score(model, words, problems=3))
-    words = "--steps 1 --batch-size 2 --calibration-samples 2 --measure-every 0".split()
-    assert red.main(words) == 0
+    monkeypatch.setattr(red, "tiny_scores", lambda model, words: score(model, words, problems=3))
+    words = "--batch-size 2 --calibration-samples 2 --measure-every 0 --methods red".split()
+    assert red.main([*words, "--steps", "1"]) == 0
     assert (tmp_path / "runs/tiny-llama-0/model.safetensors").is_file()
-    assert list(summary_of(tmp_path / "runs/tiny")) == ["teacher", "red", "lrc", "lrc-T40"]
     monkeypatch.setattr(red, "tiny_teacher", None)  # not needed again
-    assert red.main([*words, "--ratio", "0.25", "--out", "runs/quarter"]) == 0
-    assert red.main([*words, "--ratio", "0.25"]) == 2
+    # What a person tries first is never refused: each goes to a folder of its own.
+    for change in ("--steps 2", "--steps 1 --ratio 0.25", "--steps 1 --alpha 0.5"):
+        assert red.main([*words, *change.split()]) == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 5
+    # A teacher of the tiny world is known as one.
+    teacher = ["--model", "runs/tiny-llama-0", "--out", "runs/again"]
+    assert red.main([*words, "--steps", "1", *teacher]) == 0
+    assert "pairs" in summary_of(tmp_path / "runs/again")["red"]
+    assert red.main([*words, "--steps", "1", "--ratio", "0.25", "--out", "runs/again"]) == 2
     assert "ratio: 0.5 there, 0.25 here" in capsys.readouterr().err
 
 
@@ -1216,29 +1374,63 @@ def test_overwrite_removes_what_a_run_has_written_and_nothing_else(real, tmp_pat
 
     # What a run reads is never in the folder that it replaces.
     shutil.copy(real / "data.txt", out / "data.txt")
-    student, before = str(out / "student"), sorted(out.rglob("*"))
-    for change in (["--model", student], ["--data", f"{out}/data.txt"], ["--eval-only", student]):
+    student, before = str(out / "red/student"), sorted(out.rglob("*"))
+    for change in (["--model", student], ["--data", f"{out}/data.txt"]):
         assert red.main([*words, *change, "--overwrite"]) == 2
         assert "lies in --out" in capsys.readouterr().err
-    with_teacher = ["--eval-only", student, "--model", f"{real}/teacher", "--out", str(tmp_path)]
-    assert red.main([*with_teacher, "--data", f"{real}/data.txt", "--overwrite"]) == 2
     shutil.copytree(real / "teacher", tmp_path / "teacher")
     assert red.main(run_of(tmp_path, tmp_path / "teacher", data="run/data.txt")) == 2
     assert sorted(out.rglob("*")) == before
 
 
-def test_one_method_can_replace_several_and_back(real, tmp_path, capsys):
+def test_a_method_can_be_added_and_no_two_widths_are_in_one_table(real, tmp_path, capsys):
     one, two = run_of(real, tmp_path), run_of(real, tmp_path, "--methods", "red", "lrc")
     assert red.main(one) == 0
-    assert red.main(two) == 2 and "--overwrite" in capsys.readouterr().err
-    assert red.main([*two, "--overwrite"]) == 0
+    written = (tmp_path / "red/summary.json").stat().st_mtime_ns
+    teacher = (tmp_path / "teacher.json").stat().st_mtime_ns
+    assert red.main(two) == 0
+    assert (tmp_path / "red/summary.json").stat().st_mtime_ns == written
+    assert (tmp_path / "teacher.json").stat().st_mtime_ns == teacher  # measured once
     assert list(summary_of(tmp_path)) == ["teacher", "red", "lrc"]
-    assert not (tmp_path / "student").exists() and (tmp_path / "lrc/student").exists()
-    assert red.main([*two, "--ratio", "0.25"]) == 2  # no two widths in one table
+    capsys.readouterr()
+    assert red.main([*two, "--ratio", "0.25"]) == 2
     assert "ratio: 0.5 there, 0.25 here" in capsys.readouterr().err
-    assert red.main(one) == 2
-    assert red.main([*one, "--overwrite"]) == 0
-    assert summary_of(tmp_path)["method"] == "red"
+    assert red.main([*one, "--ratio", "0.25", "--overwrite"]) == 0
+    assert not (tmp_path / "lrc/student").exists() and not (tmp_path / "lrc/summary.json").exists()
+
+
+def test_what_was_read_is_known_and_what_changed_is_named(real, tmp_path, capsys):
+    """Data, teacher: the file behind the same name is another one."""
+    shutil.copytree(real / "teacher", tmp_path / "teacher")
+    shutil.copy(real / "data.txt", tmp_path)
+    words = run_of(tmp_path, tmp_path / "out")
+    assert red.main(words) == 0 and red.main(words) == 0
+    for name, flag in (("data.txt", "data"), ("teacher/config.json", "model")):
+        path, before = tmp_path / name, (tmp_path / name).stat()
+        path.write_text(path.read_text() + "\n")
+        capsys.readouterr()
+        assert red.main(words) == 2
+        said = capsys.readouterr().err
+        assert f"{flag} on disk" in said and "bytes of" in said
+        path.write_text(path.read_text()[:-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert red.main(words) == 0
+
+
+def test_one_command_at_a_time_in_a_folder(real, tmp_path, capfd):
+    out = tmp_path / "out"
+    words = run_of(real, out, "--steps", "500")
+    context = multiprocessing.get_context("fork")
+    first = context.Process(target=lambda: sys.exit(red.main(words)), daemon=True)
+    first.start()
+    while not (out / "red/metrics.jsonl").exists():
+        time.sleep(0.01)
+    capfd.readouterr()
+    assert forked(words) == 2
+    assert "another command is at work" in capfd.readouterr().err
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    assert forked(run_of(real, out, "--overwrite")) == 0  # the lock has died with its process
 
 
 def test_an_overwrite_of_several_methods_goes_on_where_it_was_interrupted(
@@ -1256,7 +1448,7 @@ def test_an_overwrite_of_several_methods_goes_on_where_it_was_interrupted(
 
     monkeypatch.setattr(red, "make_student", second_is_interrupted)
     assert red.main([*words, "--alpha", "0.7", "--overwrite"]) == 130
-    assert [path.parent.name for path in tmp_path.rglob("summary.json")] == ["red"]
+    assert [path.parent.name for path in tmp_path.rglob("student")] == ["red"]
     assert red.main([*words, "--alpha", "0.7"]) == 0
     assert made == ["red", "lrc", "lrc", "orthogonal"]
 
@@ -1267,7 +1459,7 @@ def test_a_token_whose_embedding_is_zero_is_no_trouble(real, tmp_path):
     shutil.copy(real / "data.txt", tmp_path)
     for method in ("red", "pca"):
         assert red.main(run_of(tmp_path, tmp_path / method, "--methods", method)) == 0
-        assert math.isfinite(summary_of(tmp_path / method)["loss"])
+        assert math.isfinite(summary_of(tmp_path / method)[method]["loss"])
 
 
 def test_a_bad_teacher_harms_no_finished_run(real, tmp_path, capsys):
@@ -1292,28 +1484,22 @@ def test_a_strangers_folder_is_never_touched(tmp_path, capsys):
     assert len(list(tmp_path.rglob("*"))) == 2
 
 
-def test_an_interrupted_overwrite_never_passes_for_finished(tmp_path, monkeypatch):
-    folder, settings = tmp_path / "out", {"program": "red.py", "seed": 0}
-    red.begin(folder, settings)
-    (folder / "summary.json").write_text("{}")
-    (folder / "student").mkdir()
-    assert red.is_finished(folder, settings)
-    monkeypatch.setattr(red, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        red.begin(folder, settings | {"seed": 1}, overwrite=True)
-    assert not red.is_finished(folder, settings) and not (folder / "student").exists()
+def test_an_interrupted_overwrite_never_passes_for_finished(real, tmp_path, monkeypatch):
+    words = run_of(real, tmp_path)
+    assert red.main(words) == 0
+    honest = shutil.rmtree
 
+    def interrupted(path, **options):
+        if path.name == "checkpoints":
+            raise KeyboardInterrupt
+        honest(path, **options)
 
-def test_eval_only_measures_what_the_run_measured(real, tmp_path):
-    assert red.main(run_of(real, tmp_path / "run")) == 0
-    run = summary_of(tmp_path / "run")
-    words = run_of(real, tmp_path / "eval", "--eval-only", f"{tmp_path}/run/student")
-    for more in ([], [], ["--seed", "1", "--overwrite"]):
-        assert red.main([*words, *more]) == 0
-        rows = summary_of(tmp_path / "eval")
-        for row, expected in zip(rows.values(), (run["teacher"], run), strict=True):
-            for key in ("loss", "erank", "parameters", "similarity"):
-                assert row[key] == expected[key]
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        assert red.main([*words, "--alpha", "0.5", "--overwrite"]) == 130
+    assert not (tmp_path / "red/summary.json").exists()
+    assert red.main([*words, "--alpha", "0.5"]) == 2  # not begun
+    assert red.main(words) == 0 and (tmp_path / "red/student/config.json").is_file()
 
 
 # Long runs --------------------------------------------------------------------------------------
@@ -1339,19 +1525,20 @@ def forked(words, until=None, number=signal.SIGKILL, largest_file=None):
     return process.exitcode
 
 
-LONG = "--steps 24 --batch-size 2 --seq-len 32 --calibration-samples 4 --device cpu".split()
+LONG = "--steps 24 --batch-size 2 --seq-len 32 --calibration-samples 4".split()
 LONG += "--save-every 5 --measure-every 8".split()
 
 
 def same_finish(a, b):
-    weights = [(folder / "student/model.safetensors").read_bytes() for folder in (a, b)]
+    weights = [(folder / "lrc/student/model.safetensors").read_bytes() for folder in (a, b)]
     assert weights[0] == weights[1]
-    states = [torch.load(folder / "checkpoints/step-0000024.pt") for folder in (a, b)]
+    states = [torch.load(folder / "lrc/checkpoints/step-0000024.pt") for folder in (a, b)]
     for left, right in zip(*[state["student"] for state in states], strict=True):
         assert torch.equal(left, right)
     assert str(states[0]["optimizer"]) == str(states[1]["optimizer"])
-    assert states[0]["positions"] == states[1]["positions"]
-    results = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (a, b)]
+    results = [
+        [json.loads(line) for line in open(folder / "lrc/metrics.jsonl")] for folder in (a, b)
+    ]
     for record in itertools.chain(*results):
         record.pop("tokens_per_second", None)
     assert results[0] == results[1]
@@ -1369,7 +1556,7 @@ def uninterrupted(real, tmp_path_factory):
 
 
 def steps_written(out):
-    path = out / "metrics.jsonl"
+    path = out / "lrc/metrics.jsonl"
     return path.read_text().count("\n") - 1 if path.exists() else -1
 
 
@@ -1381,7 +1568,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_bits(uninterrupted, tmp_path
         assert code == -signal.SIGKILL
     assert forked(words) == 0
     same_finish(whole, tmp_path / "out")
-    kept = sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir())
+    kept = sorted(path.name for path in (tmp_path / "out/lrc/checkpoints").iterdir())
     assert kept == ["step-0000020.pt", "step-0000024.pt"]
 
 
@@ -1390,45 +1577,35 @@ def test_a_signal_leaves_a_checkpoint_of_the_very_step(uninterrupted, tmp_path, 
     words, whole = uninterrupted
     words = [*words, "--out", str(tmp_path / "out")]
     assert forked(words, lambda: steps_written(tmp_path / "out") >= 2, number) == 130
-    (checkpoint,) = (tmp_path / "out/checkpoints").iterdir()
-    last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])["step"]
+    (checkpoint,) = (tmp_path / "out/lrc/checkpoints").iterdir()
+    last = json.loads((tmp_path / "out/lrc/metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert checkpoint.name == f"step-{last:07}.pt"
     assert forked(words) == 0
     same_finish(whole, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "emptied"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_used(
     uninterrupted, tmp_path, damage, capfd
 ):
     words, whole = uninterrupted
     out = tmp_path / "out"
     words = [*words, "--out", str(out)]
-    assert forked(words, lambda: (out / "checkpoints/step-0000010.pt").exists(), signal.SIGKILL)
-    newest = max((out / "checkpoints").glob("step-*.pt"))
+    assert forked(words, lambda: (out / "lrc/checkpoints/step-0000010.pt").exists(), signal.SIGKILL)
+    newest = max((out / "lrc/checkpoints").glob("step-*.pt"))
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     if damage != "flipped":
         del content[0 if damage == "emptied" else len(content) // 2 :]
     newest.write_bytes(content)
+    capfd.readouterr()
+    assert forked(words) == 2
+    said = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert said.strip().startswith(f"red.py: {newest} is damaged") and "delete it" in said
+    newest.unlink()
     assert forked(words) == 0
-    said = capfd.readouterr().out
-    assert f"{newest} is damaged" in said and said.count("going on from") == 1
+    assert capfd.readouterr().out.count("going on from") == 1
     same_finish(whole, out)
-
-
-def test_after_damaged_checkpoints_new_ones_are_kept(uninterrupted, tmp_path):
-    words, whole = uninterrupted
-    shutil.copytree(whole, tmp_path / "out")
-    (tmp_path / "out/summary.json").unlink()
-    for path in (tmp_path / "out/checkpoints").iterdir():
-        path.write_bytes(path.read_bytes()[:99])
-    words = [*words, "--out", str(tmp_path / "out")]
-    newer = tmp_path / "out/checkpoints/step-0000010.pt"
-    assert forked(words, newer.exists, signal.SIGKILL) == -signal.SIGKILL
-    assert newer.exists() and (tmp_path / "out/checkpoints/step-0000005.pt").exists()
-    assert forked(words) == 0
-    same_finish(whole, tmp_path / "out")
 
 
 def test_a_checkpoint_of_other_settings_is_refused_by_name(uninterrupted, tmp_path, capsys):
@@ -1446,14 +1623,14 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(uninterrupted, tmp_pa
 def test_a_full_disk_is_one_sentence_and_loses_nothing(uninterrupted, tmp_path, moment, capfd):
     words, whole = uninterrupted
     out = tmp_path / "out"
-    forked([*words, "--out", str(out)], lambda: (out / "checkpoints/step-0000005.pt").exists())
+    forked([*words, "--out", str(out)], lambda: (out / "lrc/checkpoints/step-0000005.pt").exists())
     capfd.readouterr()
     more = ["--save-every", "0"] if moment == "export" else []
     assert forked([*words, "--out", str(out), *more], largest_file=200_000) == 1
     said = capfd.readouterr().err
     assert said.replace("\r", "\n").strip().splitlines()[-1].strip().startswith("red.py: ")
     assert moment == "export" or "disk full" in said
-    assert "Traceback" not in said and not list(out.rglob("*.partial"))
+    assert "Traceback" not in said and list(out.rglob("step-*.partial")) == []
     assert forked([*words, "--out", str(out)]) == 0
     same_finish(whole, out)
 
@@ -1462,11 +1639,9 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(uninterrupted, tmp_path, 
 
 
 def uneven_batches():
-    """Four batches with different numbers of labels and, in one, padding."""
-    batches = [make_batch(2, seed=seed) for seed in range(4)]
+    """Four batches with different numbers of labels and, in one, of tokens."""
+    batches = [make_batch(2, seed=seed) for seed in range(3)] + [make_batch(1, 9)]
     batches[0]["labels"][0, :9] = -100
-    batches[3]["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
-    batches[3]["attention_mask"][1, 6:] = 0
     return batches
 
 
@@ -1476,7 +1651,7 @@ def one_of_two(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
     teacher = make_teacher(dtype=torch.float64)
     student, calibration = make_student(teacher)
-    config = config_of(temperature=2.0, alpha=0.3, orthogonality=0.1)
+    config = config_of(temperature=2.0, alpha=0.3)
     batches = uneven_batches()[rank::2]
     losses = red.training_step(teacher, student, batches, config, calibration.scales)
     gradients = [parameter.grad for parameter in student.parameters()]
@@ -1493,7 +1668,7 @@ def test_two_processes_are_one_on_the_whole_batch(tmp_path):
         assert process.exitcode == 0
     teacher = make_teacher(dtype=torch.float64)
     student, calibration = make_student(teacher)
-    config = config_of(temperature=2.0, alpha=0.3, orthogonality=0.1)
+    config = config_of(temperature=2.0, alpha=0.3)
     losses = red.training_step(teacher, student, uneven_batches(), config, calibration.scales)
     for rank in (0, 1):
         result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -1505,9 +1680,8 @@ def test_two_processes_are_one_on_the_whole_batch(tmp_path):
 
 def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path):
     """Tiny-world lines, where two processes read just what one with twice the batch reads."""
-    words = ["--model", f"{real}/teacher", "--eval", "chains", "--steps", "4", "--seq-len", "32"]
-    words += ["--calibration-samples", "4", "--device", "cpu", "--methods", "red"]
-    words += ["--save-every", "2"]
+    words = ["--model", f"{real}/teacher", "--steps", "4", "--seq-len", "32", "--methods", "red"]
+    words += ["--calibration-samples", "4", "--save-every", "2", "--learning-rate", "1e-3"]
     one = [*words, "--batch-size", "2", "--grad-accum", "2", "--out", f"{tmp_path}/one"]
     assert red.main(one) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -1518,10 +1692,12 @@ def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path):
     assert ended.stdout.count("training ") == 1  # one process speaks
 
     def compare():
-        results = [summary_of(tmp_path / name) for name in ("one", "two")]
-        for key in ("loss", "erank", "recall", "chains", "tokens"):
+        results = [summary_of(tmp_path / name)["red"] for name in ("one", "two")]
+        for key in ("loss", "erank", "tokens"):
             assert results[0][key] == pytest.approx(results[1][key], rel=1e-4), key
-        lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("one", "two")]
+        for key in ("pairs", "chains"):
+            assert results[0][key] == results[1][key]
+        lines = [(tmp_path / name / "red/metrics.jsonl").read_text() for name in ("one", "two")]
         for left, right in zip(
             *[map(json.loads, text.splitlines()) for text in lines], strict=True
         ):
@@ -1529,12 +1705,25 @@ def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path):
                 assert left[key] == pytest.approx(right[key], rel=1e-4), key
 
     compare()
-    (tmp_path / "two/summary.json").unlink()
-    (tmp_path / "two/checkpoints/step-0000004.pt").write_bytes(b"damaged")
+    (tmp_path / "two/red/summary.json").unlink()
+    (tmp_path / "two/red/checkpoints/step-0000004.pt").unlink()
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "step-0000002.pt" in ended.stdout and ended.stdout.count("going on") == 1
     compare()
+
+
+def test_steps_shared_out_are_the_steps_of_one_process(monkeypatch):
+    answers = [([True, False], [True]), ([False, True, True, False], [False, True]), ([], [True])]
+    monkeypatch.setattr(red, "step_answers", lambda model, problems: [answers[i] for i in problems])
+    whole = red.step_scores(None, [0, 1, 2], 2)
+    assert whole == {"results": 0.5, "by_step": [0.5, 0.5, 0.5], "other_tokens": 0.75}
+    parts = []
+    for number in (0, 1):
+        as_process(monkeypatch, number, 2)
+        monkeypatch.setattr(red, "gather", lambda mine: parts.append(mine) or [*parts])
+        shared = red.step_scores(None, [0, 1, 2], 2)
+    assert shared == whole
 
 
 # The command line -------------------------------------------------------------------------------
@@ -1547,9 +1736,7 @@ def bad_inputs():
     yield "ratio above one", ["--ratio", "1.5"], "ratio"
     yield "ratio not a number", ["--ratio", "half"], "ratio"
     yield "ratio nan", ["--ratio", "nan"], "ratio"
-    yield "zero width", ["--hidden-size", "0"], "hidden-size"
-    yield "both widths", ["--hidden-size", "8", "--ratio", "0.5"], "hidden-size"
-    yield "wider than the teacher", [*model, "--hidden-size", "97"], "hidden-size"
+    yield "no width at all", [*model, "--ratio", "0.01"], "ratio"
     yield "negative steps", ["--steps", "-1"], "steps"
     yield "zero batch", ["--batch-size", "0"], "batch-size"
     yield "short sequence", ["--seq-len", "1"], "seq-len"
@@ -1557,23 +1744,19 @@ def bad_inputs():
     yield "infinite learning rate", ["--learning-rate", "inf"], "learning-rate"
     yield "temperature", ["--temperature", "0"], "temperature"
     yield "two temperatures", ["--temperature", "1", "2"], "2"
-    yield "a method's temperature", ["--methods", "lrc-Thot"], "lrc-Thot"
-    yield "a method at zero", ["--methods", "lrc-T0"], "positive temperature"
     yield "alpha", ["--alpha", "-0.1"], "alpha"
     yield "one calibration sample", ["--calibration-samples", "1"], "calibration-samples"
     yield "unknown flag", ["--frobnicate"], "frobnicate"
+    yield "misspelt flag", ["--learning-rat", "1"], "--learning-rate"
     yield "abbreviated flag", ["--rat", "0.5"], "--rat"
     yield "stray word", ["train"], "train"
     yield "unknown method", ["--methods", "magic"], "magic"
-    yield "unknown statistic", ["--importance", "magic"], "magic"
-    yield "twice the same method", ["--methods", "lrc", "lrc"], "twice"
-    yield "twice in other words", ["--methods", "lrc", "lrc-T1"], "twice"
+    yield "twice the same method", ["--methods", "lrc", "lrc"], "once"
     yield "data without a model", ["--data", "x.txt"], "--model"
     yield "empty model", ["--model", ""], "--model"
     yield "empty data", [*model, "--data", ""], "--data"
     yield "empty out", [*model, "--out", ""], "--out"
-    yield "unknown device", ["--device", "abacus"], "abacus"
-    yield "device not there", ["--device", "cuda:99"], "cuda:99"
+    yield "questions for the tiny world", ["--eval-data", "x.jsonl"], "--eval-data"
     yield "no folder", ["--model", "{dir}/nothing"], "nothing"
     yield "hub out of reach", ["--model", "nobody/nothing"], "nobody/nothing"
     yield "folder without config", ["--model", "{dir}"], "config.json"
@@ -1585,13 +1768,14 @@ def bad_inputs():
     yield "no weights", [*model, "--model", "{dir}/weightless"], "weights"
     sources = {"missing.txt": "no file", "empty.txt": "empty", "binary.txt": "binary.txt"}
     sources |= {"broken.jsonl": "broken.jsonl", "broken.parquet": "broken.parquet"}
-    sources |= {"fields.jsonl": "fields", "short.txt": "short", "data.csv": ".jsonl"}
-    sources |= {"numbers.jsonl": "numbers.jsonl"}
+    sources |= {"fields.jsonl": "body", "short.txt": "short", "data.csv": ".jsonl"}
+    sources |= {"numbers.jsonl": "row 1", "nulls.jsonl": "short"}
     for name, word in sources.items():
         yield f"data {name}", [*model, "--data", "{dir}/" + name], word
     yield "data out of reach", [*model, "--data", "nobody/nothing"], "--data"
-    yield "calibration too short", [*model, "--calibration-data", "{dir}/short.txt"], "short"
-    yield "chains need digits", [*model, "--model", "{dir}/words", "--eval", "chains"], "chains"
+    yield "no problems", [*model, "--eval-data", "{dir}/data.txt"], "<<48/2=24>>"
+    for name in ("toothless", "tokenless", "oversized", "nan", "adapter", "deeper"):
+        yield f"teacher {name}", [*model, "--model", "{dir}/" + name], name
     yield "out is a file", [*model, "--out", "{dir}/data.csv"], "is a file"
     yield "out is a stranger's", [*model, "--out", "{dir}/broken", "--overwrite"], "RED"
 
@@ -1599,13 +1783,23 @@ def bad_inputs():
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, real):
     folder = tmp_path_factory.mktemp("bad")
-    for name in ("teacher", "truncated", "weightless", "words"):
+    names = ["teacher", "truncated", "weightless", "tokenless", "toothless", "oversized", "nan"]
+    for name in (*names, "adapter", "deeper"):
         shutil.copytree(real / "teacher", folder / name)
     weights = folder / "truncated/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "weightless/model.safetensors").unlink()
-    vocabulary = (folder / "words/tokenizer.json").read_text().replace('"7"', '"seven"')
-    (folder / "words/tokenizer.json").write_text(vocabulary)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "tokenless" / name).unlink()
+    vocabulary = json.loads((folder / "teacher/tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["A"] = 45
+    (folder / "oversized/tokenizer.json").write_text(json.dumps(vocabulary))
+    vocabulary["model"]["vocab"] = {"\n": 0}
+    (folder / "toothless/tokenizer.json").write_text(json.dumps(vocabulary))
+    edit_weights(folder / "nan", lambda weights: weights["model.norm.weight"].fill_(math.nan))
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    copied = "model.layers.7.mlp.up_proj.weight"
+    edit_weights(folder / "deeper", lambda w: w.update({copied: w[copied.replace("7", "1")] + 0}))
     config = json.loads((folder / "teacher/config.json").read_text())
     changes = {"gpt2": {"model_type": "gpt2"}, "mixtral": {"model_type": "mixtral"}}
     changes["quantised"] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
@@ -1621,6 +1815,7 @@ def bad(tmp_path_factory, real):
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n' * 30)
     (folder / "broken.parquet").write_bytes(b"PAR1 nonsense PAR1")
     (folder / "numbers.jsonl").write_text('{"text": 123}\n' * 30)
+    (folder / "nulls.jsonl").write_text('{"text": null}\n' * 30)
     (folder / "fields.jsonl").write_text('{"body": "1+1"}\n' * 30)
     (folder / "short.txt").write_text("1+1\n\n2+2")
     return folder
@@ -1664,50 +1859,29 @@ def test_the_program_itself_exits_with_2_and_no_traceback(tmp_path):
 
 def test_the_tiny_world_and_real_text_have_their_own_defaults(real):
     tiny, text = red.parse_arguments([]), red.parse_arguments(["--model", "x"])
-    assert tiny.methods == ["red", "lrc", "lrc-T40"] and text.methods == ["red"]
+    assert tiny.methods == ["red", "lrc"] and text.methods == ["red"]
     assert (tiny.steps, text.steps) == (100, 1000)
-    assert (tiny.importance, text.importance) == ("norm-output", "variance")
     assert (tiny.data, text.data) == (None, "HuggingFaceFW/fineweb-edu:sample-10BT")
-    assert (tiny.out, text.out) == ("runs/tiny", "runs/x-0.5")
+    assert (tiny.out, text.out) == ("runs/tiny", "runs/x")
+    assert (tiny.eval_data, text.eval_data) == (None, "openai/gsm8k:main:test")
+    assert red.parse_arguments(["--model", "x", "--eval-problems", "0"]).eval_data is None
+    local = red.parse_arguments(["--model", f"{real}/teacher", "--data", f"{real}/data.txt"])
+    assert (
+        local.eval_data is None
+        and local.out == "runs/teacher-data-" + str(real).replace("/", "-") + "-data.txt"
+    )
     assert red.parse_arguments(["--steps", "1000"]).steps == 1000  # given, if it is a default
-    lines = red.parse_arguments(["--model", "x", "--eval", "chains"])
-    assert lines.data is None and lines.steps == 100 and lines.out == "runs/x-0.5"
+    lines = red.parse_arguments(["--model", f"{real}/teacher"])
+    assert lines.data is None and lines.steps == 100 and lines.out == "runs/teacher"
 
 
-def test_the_picture_is_drawn_for_students_of_both_worlds(tmp_path):
-    figures = pytest.importorskip("matplotlib.figure")
-    drawn, honest = [], figures.Figure.savefig
-    held_out = {"loss": 3.0, "erank_normalised": [5.0, 7.0]}
-    curve = [{"step": s, "held_out": held_out, "singular_values": [2, 1, 0.5]} for s in (0, 5)]
-    row = {"recall": 0.5, "chains": [0.4] * 5, "erank": [1, 2], "erank_normalised": [7, 8]}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures.Figure, "savefig", lambda self, path: drawn.append(self))
-        for gone in ((), ("recall", "chains")):
-            some = {name: value for name, value in row.items() if name not in gone}
-            rows = {"teacher": some, "red": some | {"curve": curve}}
-            red.picture(rows | {"lrc-T40": rows["red"]}, tmp_path / "compare.png")
-    honest(drawn[0], tmp_path / "compare.png")
-    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    for figure, lines in zip(drawn, ([3, 3, 2, 4], [2, 3, 2, 4])):
-        axes = figure.axes
-        count = [sum(len(line.get_xdata()) > 0 for line in panel.lines) for panel in axes]
-        assert count == lines
-        assert [text.get_text() for text in figure.legends[0].texts] == [
-            "teacher",
-            "red",
-            "lrc-T40",
-        ]
-        assert list(axes[2].lines[1].get_ydata()) == [6, 6]
-    assert list(drawn[0].axes[0].lines[0].get_ydata()) == [0.5, *[0.4] * 5]
-    assert list(drawn[1].axes[0].lines[0].get_ydata()) == [3, 3]
-
-
-def test_without_matplotlib_one_line_says_so(real, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert red.main(run_of(real, tmp_path / "run", "--methods", "red", "lrc")) == 0
-    assert capsys.readouterr().out.count("pip install matplotlib") == 1
-    assert not (tmp_path / "run/compare.png").exists()
+def test_help_says_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        red.parse_arguments(["--help"])
+    said = capsys.readouterr().out
+    assert all(re.search(rf"^  {method}  ", said, re.MULTILINE) for method in METHODS)
+    assert "--batch-size" in said and "--batch_size" not in said and "(default: 0.0003)" in said
+    assert said.count("python red.py") > 3 and "learning_rate 0.01" in said
 
 
 # Pieces to copy, and the README -----------------------------------------------------------------
@@ -1756,7 +1930,7 @@ def test_the_method_is_whole_within_700_lines():
 
 
 @pytest.mark.parametrize("name", ["effective_rank", "select_channels", "selection_matrix",
-    "principal_directions", "alignment_loss", "kl_and_cross_entropy", "orthogonality_penalty",
+    "principal_directions", "alignment_loss", "kl_and_cross_entropy",
     "learning_rate_at"])  # fmt: skip
 def test_plain_functions_stand_alone(name):
     start = SOURCE.index(f"\ndef {name}(")
@@ -1764,7 +1938,7 @@ def test_plain_functions_stand_alone(name):
     exec(re.split(r"\n\n\n", SOURCE[start:])[0], space)
     x = torch.rand(4, 3)
     arguments = {"effective_rank": (x,), "select_channels": (x[:, 0], 2), "alignment_loss": (x, x)}
-    arguments |= {"selection_matrix": (torch.tensor([0, 2]), 4), "orthogonality_penalty": ([x],)}
+    arguments |= {"selection_matrix": (torch.tensor([0, 2]), 4)}
     arguments |= {"principal_directions": (x @ x.T, 2), "learning_rate_at": (0, config_of())}
     arguments |= {"kl_and_cross_entropy": (x, x, torch.zeros(4, dtype=torch.long), 2.0)}
     space[name](*arguments[name])
@@ -1779,7 +1953,7 @@ def test_every_command_of_the_readme_is_one_that_red_understands():
     commands = [
         line for line in commands if re.match(r"(python|torchrun|for .*; do python) ", line)
     ]
-    assert len(commands) > 8
+    assert len(commands) > 6
     for line in commands:
         words = line.split("red.py ")[1].split("; done")[0].replace("$seed", "1").replace("...", "")
         config = red.parse_arguments(shlex.split(words.split("#")[0]))
@@ -1795,9 +1969,38 @@ def test_every_snippet_of_the_readme_is_python_with_its_imports():
         assert all(hasattr(red, name) for name in names - {"py"}), names
 
 
+def snippet_with(words):
+    (text,) = [text for text in snippets() if words in text]
+    return text
+
+
+def test_the_snippet_to_copy_runs_as_it_stands(real, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(real / "teacher", tmp_path / "runs/tiny-llama-0")
+    exec(snippet_with("student.model.save_pretrained"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.hidden_size == 48
+
+
+def test_the_penalty_for_projections_that_are_not_orthonormal(monkeypatch):
+    """The README's subclass, the paper's other baseline: its gradient written out."""
+    teacher = make_teacher(dtype=torch.float64)
+    gradients = []
+    for penalised in (False, True):
+        if penalised:
+            monkeypatch.setattr(red, "ProjectedStudent", red.ProjectedStudent)  # and back
+            exec(snippet_with("class Penalised"), {})
+        student, _ = make_student(teacher, method="lrc")
+        red.training_step(teacher, student, [make_batch()], config_of())
+        gradients.append([projection.grad for projection in student.projections.values()])
+    for plain, more, projection in zip(*gradients, student.projections.values()):
+        error = projection.T @ projection - torch.eye(16)
+        torch.testing.assert_close(more - plain, 0.01 * 4 * projection @ error)
+
+
 def proxy():
     """The linear model of section 4, from the README."""
-    (text,) = [text for text in snippets() if "def linear_proxy" in text]
+    text = snippet_with("def linear_proxy")
     space = {"torch": torch}
     start, end = text.index("def linear_proxy"), text.index("torch.manual_seed")
     exec(text[start:end], space)
