@@ -26,6 +26,7 @@ import dataclasses
 import difflib
 import fcntl
 import glob
+import gzip
 import itertools
 import json
 import logging
@@ -86,8 +87,8 @@ class Config:
     alpha: float = setting(0.2, "weight of the alignment loss")
     seed: int = setting(0, "seed of everything random")
     eval_data: str | None = setting(None, "worked problems; unset: GSM8K, if all is from the hub")
-    eval_problems: int = setting(200, "how many of them to measure, for reasoning; 0: none")
-    measure_every: int = setting(250, "steps between measures during training; 0: none")
+    eval_problems: int = setting(200, "how many of --eval-data's to measure; 0: none")
+    measure_every: int = setting(250, "steps between measures in training; 0: at its start only")
     save_every: int = setting(250, "steps between checkpoints; 0: on a signal only")
     out: str | None = setting(None, "folder for the results; unset: runs/ and what is not default")
     overwrite: bool = setting(False, "replace an earlier run's results in --out")
@@ -297,9 +298,9 @@ def calibrate(teacher, batches, hidden_size):
         same[kind] = (of_first[kind].T @ of_second[kind]).square().sum().item() / hidden_size
         energy[kind] = ((basis.T @ moment @ basis).trace() / moment.trace()).item()
 
-    importance = channel_importance(whole, norms).cpu()
     scales = {name: max(whole[name].item() / whole["tokens"], 1e-12) for name in aligned}
-    return Calibration(batches, importance, bases, same, energy, scales)
+    scores = channel_importance(whole, norms).cpu()
+    return Calibration(batches, scores, bases, same, energy, scales)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
@@ -786,7 +787,9 @@ def evaluate(model, batches, tokens=4096):
 
     loss = total / max(1, count)
     if not math.isfinite(loss):
-        raise FloatingPointError("the held-out loss is not finite: try a lower --learning-rate")
+        raise FloatingPointError(
+            "the held-out loss is not finite; a lower --learning-rate may help"
+        )
     measures = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     measures |= {"erank": [], "erank_raw": [], "similarity": []}
     for parts in states.values():
@@ -802,12 +805,12 @@ def evaluate(model, batches, tokens=4096):
 def generate(model, tokenizer, prompts, new_tokens):
     """Greedy continuations of a list of prompts, as texts."""
     end = tokenizer.eos_token_id
-    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": end}
-    greedy = transformers.GenerationConfig(eos_token_id=end, **options)
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "repetition_penalty": 1.0}
+    greedy = transformers.GenerationConfig(eos_token_id=end, pad_token_id=end, **options)
     batch = tokenizer(prompts, padding=len(prompts) > 1, padding_side="left", return_tensors="pt")
     output = model.generate(**batch.to(model.device), generation_config=greedy)
-    answers = output[:, batch["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+    start = batch["input_ids"].shape[1]
+    return tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -817,7 +820,8 @@ def share_chosen(model, tokenizer, questions):
     questions: (prompt, [right answer, wrong answers]), texts; here a character is a token.
     """
     pairs = [(prompt, answer) for prompt, answers in questions for answer in answers]
-    batch = tokenizer([*map("".join, pairs)], padding=True, return_tensors="pt")
+    texts = [prompt + answer for prompt, answer in pairs]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
     ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
     starts = torch.tensor([len(prompt) for prompt, _ in pairs], device=model.device)
     asked = mask.bool() & (torch.arange(ids.shape[1], device=model.device) >= starts[:, None])
@@ -829,10 +833,7 @@ def share_chosen(model, tokenizer, questions):
 
 
 def tiny_questions(problems):
-    """What each model is asked: TINY_PAIRS, then chains by length; (prompt, four answers) each.
-
-    The right answer is the first. Wrong are other pairs' answers, and chains with one slip.
-    """
+    """TINY_PAIRS, then chains by length: (prompt, [right answer, three wrong ones]) each."""
     generator, wrong = random.Random(12345), random.Random(54321)  # for every model the same
     groups = [[]]
     for prompt, truth in TINY_PAIRS:
@@ -859,8 +860,8 @@ def tiny_scores(model, tokenizer, problems=200):
         prompts, truths = [prompt for prompt, _ in group], [answers[0] for _, answers in group]
         chosen.append(share_chosen(model, tokenizer, group))
         answers = generate(model, tokenizer, prompts, max(map(len, truths)))
-        ends = [[text.strip().rpartition("#")[2] for text in texts] for texts in (answers, truths)]
-        written.append(sum(map(str.__eq__, *ends)) / len(group))
+        ends = [[text.strip().rpartition("#")[1:] for text in texts] for texts in (answers, truths)]
+        written.append(sum(map(tuple.__eq__, *ends)) / len(group))
     scores = {"pairs": {"chosen": chosen[0], "written": written[0]}}
     scores["chains"] = {"chosen": chosen[1:], "written": written[1:]}
     return scores | {"example": {"prompt": prompts[0], "answer": answers[0].strip()}}
@@ -873,7 +874,7 @@ def worked_problem(row, tokenizer):
     hold a character of a result or of the `>` after it: of `24>` in `<<48/2=24>>`.
     """
     text = document_text(row)
-    prompt = text[: -len(row["answer"])]
+    prompt = text[: -len(str(row["answer"]))]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
     results = []
     for match in re.finditer(r"=([^<>=]+>)>", text):
@@ -882,7 +883,7 @@ def worked_problem(row, tokenizer):
         held = [i for i, (a, b) in places if a < end and b > start >= len(prompt)]
         if held:
             results.append((held[0], held[-1] + 1))
-    first = sum(end <= len(prompt) for _, end in encoded["offset_mapping"])
+    first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
     ids, prompt = encoded["input_ids"], prompt.strip()
     return {"prompt": prompt, "ids": ids, "first": first, "results": results}
 
@@ -910,20 +911,21 @@ def step_scores(model, problems, batch_size):
 
     Where a teacher is too small to solve GSM8K, its solutions still tell students apart. Shares
     from 0 to 1: `results` right, `by_step` the first, second and later, and of the other tokens
-    of the answers, a measure of general ability.
+    of the answers, a measure of general ability; and `by_problem`, which results are right.
     """
     number, count = process()
     mine, answers = problems[number::count], []
     for start in progress(range(0, len(mine), batch_size), "steps"):
         answers += step_answers(model, mine[start : start + batch_size])
-    by_step, others = [[], [], []], []
-    for results, rest in sum(gather(answers), []):
+    answers, by_step, others = sum(gather(answers), []), [[], [], []], []
+    for results, rest in answers:
         others += rest
         for step, right in enumerate(results):
             by_step[min(step, 2)].append(right)
     groups = [sum(by_step, []), others, *by_step]
     everything, other, *steps = [sum(group) / max(1, len(group)) for group in groups]
-    return {"results": everything, "by_step": steps, "other_tokens": other}
+    shares = {"results": everything, "by_step": steps, "other_tokens": other}
+    return shares | {"by_problem": [results for results, _ in answers]}
 
 
 # ==== Teachers and text (App. F) ==============================================================
@@ -989,7 +991,8 @@ def open_documents(source, flag):
             usable = reader and files and all(path.stat().st_size > 0 for path in files)
             refuse(not usable, f"{source} is no file with text; {advice}")
             options |= {"path": reader, "data_files": [glob.escape(str(path)) for path in files]}
-            if reader == "text" and b"\n\n" in files[0].read_bytes().strip():
+            see = gzip.open if files[0].suffix == ".gz" else open
+            if reader == "text" and "\n\n" in see(files[0], "rt", encoding="utf-8").read().strip():
                 options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
         elif not files:
             options |= dict(zip(("path", "name", "split"), source.split(":")))
@@ -1005,13 +1008,12 @@ def files_of(source):
 
 
 def document_text(row, number=1):
-    """A row's `question` with `answer`, or its `text`; "" where it is null. UserError: neither."""
+    """A row's `question` with `answer`, or its `text`; "" where it is null. UserError: none."""
     question, answer, text = row.get("question"), row.get("answer"), row.get("text")
     if question and answer:
         return f"Question: {question}\nAnswer: {answer}"
-    usable = "text" in row or ("question" in row and "answer" in row)
-    wanted = "text in a field `text`, or in `question` and `answer`"
-    usable = usable and isinstance(text or "", str)
+    known = "text" in row or ("question" in row and "answer" in row)
+    usable, wanted = known and isinstance(text or "", str), "a `text`, or `question` and `answer`"
     refuse(not usable, f"row {number:,} of the data lacks {wanted}; it has {', '.join(row)}.")
     return text or ""
 
@@ -1091,11 +1093,11 @@ def open_task(config, name):
 # ==== Folders and checkpoints =================================================================
 # OUT holds the students of one teacher under one set of settings, each in a folder of its own.
 # What is finished is reused, what is not goes on; a student's summary.json comes last. The first
-# process alone writes, beside and renamed.
+# process alone writes.
 
 RUN_FILES = ("summary.json", "teacher.json", "student", "checkpoints", "metrics.jsonl")
 NOT_IDENTITY = ("out", "overwrite", "save_every", "measure_every", "methods")
-LOCKS = []  # open files, which the system closes with the process, however it ends
+LOCKS = []  # folders that are this process's until it ends, however that is
 
 
 def write(path, value):
@@ -1108,7 +1110,7 @@ def write(path, value):
 
 
 def settings_of(config):
-    """What makes a run this one and no other, a dict: settings, and what its files are."""
+    """What makes a run this one and no other: settings, and size and date of what it reads."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
     if config.model is None:
         settings["tiny_config"] = read_tiny_config()
@@ -1142,9 +1144,9 @@ def begin(folder, settings, overwrite=False):
     if process()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if str(folder) not in LOCKS:
-            LOCKS.append(str(folder))
             with as_user_error(f"another command is at work in {folder}; name another --out."):
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            LOCKS.append(str(folder))
         ours = [path for path in folder.iterdir() if path.name in METHODS]
         for path in [path / name for name in RUN_FILES * overwrite for path in (folder, *ours)]:
             shutil.rmtree(path, ignore_errors=True)  # does nothing to a file or a link
@@ -1159,10 +1161,8 @@ def save_checkpoint(folder, step, student, optimizer):
     state["optimizer"] = optimizer.state_dict()
     if process()[0] == 0:
         folder.mkdir(exist_ok=True)
-        fresh = folder / f"step-{step:07}.pt"
-        beside = folder / "next.partial"
-        torch.save(state, beside)
-        os.replace(beside, fresh)
+        torch.save(state, folder / "next.partial")
+        os.replace(folder / "next.partial", folder / f"step-{step:07}.pt")
         for path in sorted(folder.glob("step-*.pt"))[:-2]:
             path.unlink()
     gather()
@@ -1218,7 +1218,7 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
 
 
 def tiny_teacher_folder(config):
-    """Where the tiny world's teacher lies, for all runs beside each other: trained if it is not."""
+    """The folder of the tiny world's teacher, shared by all runs beside it; trained if missing."""
     values = read_tiny_config()
     folder = Path(config.out).parent / f"tiny-{values['model_type']}-{config.seed}"
     settings = {"program": "red.py", "tiny_config": values, "seed": config.seed}
@@ -1337,9 +1337,10 @@ def model_card(config, summary):
     """What a student's folder says of it, in Markdown: its teacher, data, results and settings."""
     name, text = config.model or "the tiny world's teacher", config.data or "the tiny world's lines"
     results = table({"teacher": summary["teacher"], summary["method"]: summary})
-    settings = json.dumps(settings_of(config), indent=1)
-    about = f"{name}, made narrower by RED (arXiv 2605.29327) on {text}; its licence is the same."
-    return f"---\nbase_model: {name}\n---\n{about}\n\n```\n{results}\n\n{settings}\n```\n"
+    settings = (Path(config.out) / "settings.json").read_text(encoding="utf-8")
+    about = f"{name}, made narrower by `{summary['method']}` of red.py (arXiv 2605.29327) on {text}"
+    tail = f"its licence is the same.\n\n```\n{results}\n\n{settings}\n```\n"
+    return f"---\nbase_model: {name}\n---\n{about}; {tail}"
 
 
 def measure_model(model, task, config, finished=True):
@@ -1363,21 +1364,21 @@ def make_students(config):
     out, settings, rows = Path(config.out), settings_of(config), {}
     open_folder(out, settings, config.overwrite)
     for method in config.methods if not config.overwrite else ():
-        summary, student = out / method / "summary.json", out / method / "student" / "config.json"
-        if summary.is_file() and student.is_file():
+        finished, exported = out / method / "summary.json", out / method / "student" / "config.json"
+        if finished.is_file() and exported.is_file():
             announce("student", f"{method}: finished before, in {out / method}")
-            rows[method] = json.loads(summary.read_text())
+            rows[method] = json.loads(finished.read_text())
     if len(rows) < len(config.methods):
         task, calibration = set_up(config)
-        # Nothing is made or replaced before the input is known to be good.
+        # No student is made or replaced before the input is known to be good.
         begin(out, settings, config.overwrite)
         kept = out / "teacher.json"
         if not kept.is_file():
             write(kept, measure_model(task.teacher, task, config))
-        teacher = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
+        teacher_row = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
         for method in config.methods:
             if method not in rows:
-                rows[method] = make_student(method, config, task, calibration, teacher)
+                rows[method] = make_student(method, config, task, calibration, teacher_row)
     rows = {"teacher": rows[config.methods[0]]["teacher"]} | {m: rows[m] for m in config.methods}
     write(out / "summary.json", rows)
     return rows
@@ -1529,22 +1530,22 @@ def parse_arguments(arguments=None):
         config = parse_words(parser, arguments)
     check(config)
     fill_in(config, parser)
+    check(config)  # the folder that it has named, too
     return config
 
 
 def is_tiny(config):
-    """True if a run's text is the tiny world's: it names no other, nor a teacher of another."""
+    """True if a run's text is the tiny world's: no --data, and no --model but of its alphabet."""
     if config.data is not None or config.model is None:
         return config.data is None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         values = json.loads(Path(config.model, "config.json").read_text())
         return values["vocab_size"] == len(TINY_ALPHABET)
-    return False
 
 
 def fill_in(config, parser):
     """Fill in what was not given. Runs that differ get different folders."""
-    name = [f"runs/{Path(config.model or 'tiny').name}"]
+    name = [f"runs/{os.path.basename(os.path.abspath(config.model or 'tiny'))}"]
     for field, value in vars(config).items():
         if value != parser.get_default(field) and field not in (*NOT_IDENTITY, "model"):
             name.append(f"{field.replace('_', '-')}-{value}".replace("/", "-"))
@@ -1573,13 +1574,12 @@ def check(config):
             refuse(config.model is None, f"{flag} needs --model, the teacher to use.")
         if name in ("model", "data", "eval_data") and value is not None and config.out:
             path, out = Path(value).resolve(), Path(config.out).resolve()
-            inside = os.path.exists(value) and out in (path, *path.parents)
-            refuse(inside, f"{value} lies in --out {config.out}; name another --out.")
+            inside = os.path.exists(value) and (out in (path, *path.parents) or path in out.parents)
+            refuse(inside, f"--out {config.out} and {value} lie in each other; name another --out.")
 
     refuse(not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     wrong = sorted(set(config.methods) & set(METHODS)) != sorted(config.methods)
-    methods = f"{', '.join(METHODS)}, each once"
-    refuse(wrong, f"--methods takes {methods}; got {' '.join(config.methods)}.")
+    refuse(wrong, f"--methods takes {', '.join(METHODS)}, once each; got {config.methods}.")
     unused = config.eval_data is not None and is_tiny(config)
     refuse(unused, "--eval-data is not for the tiny world, which has questions of its own.")
 

@@ -1149,6 +1149,8 @@ def test_data_as_people_have_it(tmp_path):
     (tmp_path / "many/y.jsonl").write_text(json.dumps({"text": "y"}))
     wanted = {"blank.txt": ["one\nand a half", "two"], "lines.txt": ["one", "two", "three"]}
     wanted |= dict.fromkeys(["rows.jsonl", "array.json", "packed.jsonl.gz"], ["one", "", "three"])
+    write_gzip(tmp_path / "packed.txt.gz", "one\r\nand\r\n\r\ntwo\n" + "long " * 99)
+    wanted["packed.txt.gz"] = ["one\nand", "two\n" + ("long " * 99).strip()]
     wanted |= {"a[1].jsonl": ["right"], "many": ["x", "y"], "many/*.jsonl": ["x", "y"]}
     for name, expected in wanted.items():
         documents = red.open_documents(str(tmp_path / name), "--data")
@@ -1353,7 +1355,9 @@ def test_the_tiny_worlds_teacher_is_shared_by_the_runs_beside_each_other(
         assert red.main([*words, *change.split()]) == 0
     assert len(list((tmp_path / "runs").iterdir())) == 5
     # A teacher of the tiny world is known as one.
-    teacher = ["--model", "runs/tiny-llama-0", "--out", "runs/again"]
+    known = ["--model", "runs/tiny-llama-0"]  # its folder is no place for a student
+    assert red.main([*words, "--steps", "1", *known, "--out", "runs/tiny-llama-0"]) == 2
+    teacher = [*known, "--out", "runs/again"]
     assert red.main([*words, "--steps", "1", *teacher]) == 0
     assert "pairs" in summary_of(tmp_path / "runs/again")["red"]
     assert red.main([*words, "--steps", "1", "--ratio", "0.25", "--out", "runs/again"]) == 2
@@ -1377,7 +1381,9 @@ def test_overwrite_removes_what_a_run_has_written_and_nothing_else(real, tmp_pat
     student, before = str(out / "red/student"), sorted(out.rglob("*"))
     for change in (["--model", student], ["--data", f"{out}/data.txt"]):
         assert red.main([*words, *change, "--overwrite"]) == 2
-        assert "lies in --out" in capsys.readouterr().err
+        assert "lie in each other" in capsys.readouterr().err
+    inside = run_of(real, real / "teacher/runs")
+    assert red.main(inside) == 2 and "lie in each other" in capsys.readouterr().err
     shutil.copytree(real / "teacher", tmp_path / "teacher")
     assert red.main(run_of(tmp_path, tmp_path / "teacher", data="run/data.txt")) == 2
     assert sorted(out.rglob("*")) == before
@@ -1717,12 +1723,14 @@ def test_steps_shared_out_are_the_steps_of_one_process(monkeypatch):
     answers = [([True, False], [True]), ([False, True, True, False], [False, True]), ([], [True])]
     monkeypatch.setattr(red, "step_answers", lambda model, problems: [answers[i] for i in problems])
     whole = red.step_scores(None, [0, 1, 2], 2)
+    assert whole.pop("by_problem") == [results for results, _ in answers]
     assert whole == {"results": 0.5, "by_step": [0.5, 0.5, 0.5], "other_tokens": 0.75}
     parts = []
     for number in (0, 1):
         as_process(monkeypatch, number, 2)
         monkeypatch.setattr(red, "gather", lambda mine: parts.append(mine) or [*parts])
         shared = red.step_scores(None, [0, 1, 2], 2)
+    assert sorted(shared.pop("by_problem")) == sorted(results for results, _ in answers)
     assert shared == whole
 
 
@@ -1751,7 +1759,7 @@ def bad_inputs():
     yield "abbreviated flag", ["--rat", "0.5"], "--rat"
     yield "stray word", ["train"], "train"
     yield "unknown method", ["--methods", "magic"], "magic"
-    yield "twice the same method", ["--methods", "lrc", "lrc"], "once"
+    yield "twice the same method", ["--methods", "lrc", "lrc"], "once each"
     yield "data without a model", ["--data", "x.txt"], "--model"
     yield "empty model", ["--model", ""], "--model"
     yield "empty data", [*model, "--data", ""], "--data"
