@@ -1892,6 +1892,25 @@ def test_help_says_what_there_is(capsys):
     assert said.count("python red.py") > 3 and "learning_rate 0.01" in said
 
 
+def test_the_readmes_picture_is_drawn_from_what_a_run_leaves(tmp_path):
+    """Two seeds: the band goes from the least to the most; the axes say what is asked how."""
+    pytest.importorskip("matplotlib")
+    for seed, share in enumerate((0.2, 0.4)):
+        erank = {"held_out": {"erank": [1.0, 2.0, 3.0 + seed]}}
+        row = {"pairs": {"chosen": share, "written": 0}, "chains": {"written": [share] * 5}}
+        row |= {
+            "hidden_size": 48,
+            "parameters": 1000,
+            "curve": [{"step": s} | erank for s in (0, 5)],
+        }
+        (tmp_path / f"{seed}").mkdir()
+        rows = {"teacher": row, "red": row, "lrc": row}
+        (tmp_path / f"{seed}/summary.json").write_text(json.dumps(rows))
+    command = [sys.executable, str(HERE / ".github/draw.py"), "0", "1"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"MPLBACKEND": "agg"})
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
 # Pieces to copy, and the README -----------------------------------------------------------------
 
 SOURCE = Path(red.__file__).read_text()
