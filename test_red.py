@@ -5,6 +5,7 @@
 What is expected is written out here by hand: no oracle takes a name or a formula from red.py.
 """
 
+import contextlib
 import gzip
 import itertools
 import json
@@ -1639,6 +1640,110 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(uninterrupted, tmp_path, 
     assert "Traceback" not in said and list(out.rglob("step-*.partial")) == []
     assert forked([*words, "--out", str(out)]) == 0
     same_finish(whole, out)
+
+
+# A GPU without a GPU -----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fake(device):
+    """Tensors that have shapes, types and devices but no values, on a device that need not exist.
+
+    What would depend on values is settled: numbers are 1, and masks choose everything.
+    """
+    from unittest.mock import patch
+
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    honest = torch.Tensor.__getitem__
+
+    def getitem(self, index):
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+            return self.flatten(0, index.dim() - 1)
+        return honest(self, index)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
+        for name, value in {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}.items():
+            some = patch.object(torch.Tensor, name, lambda self, value=value: value)
+            stack.enter_context(some)
+        numbers = patch.object(FakeTensor, "tolist", lambda self: list(range(self.numel())))
+        stack.enter_context(numbers)
+        stack.enter_context(patch.object(torch.Tensor, "__getitem__", getitem))
+        yield torch.device(device)
+
+
+def fake_teacher(device, family, dtype):
+    kind, options = FAMILIES[family]
+    with device:
+        teacher = AutoModelForCausalLM.from_config(kind(**SHAPE, **options), dtype=dtype)
+    return teacher.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama-biases", "mistral", "qwen2-tied", "qwen3"])
+def test_no_devices_are_mixed_on_a_gpu(family, dtype, monkeypatch):
+    """All but the backward pass, whose engine needs a driver: that is in the test below."""
+    batch = {"input_ids": torch.zeros(2, 12, dtype=torch.long)}
+    with fake("cuda") as device:
+        teacher = fake_teacher(device, family, dtype)
+        calibration = red.calibrate(teacher, [batch, batch], 16)
+        for method in ("red", "pca"):
+            student = red.new_student(method, teacher, 16, calibration)
+            student.make_weights()
+            ids, labels = red.on_device(batch, teacher)
+            goal, activations = red.teacher_forward(teacher, ids)
+            hidden, alignment = red.student_forward(student, ids, activations, calibration.scales)
+            monkeypatch.setattr(torch.autograd, "grad", lambda loss, logits: (logits * 0,))
+            heads = student.model.lm_head.weight, teacher.lm_head.weight
+            loss, *_ = red.distillation_loss(hidden, heads[0], goal, heads[1], labels, 2.0)
+            assert {loss.device.type, alignment.device.type} == {"cuda"}
+            assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+            assert {p.dtype for p in student.model.parameters()} == {dtype}
+            assert len(red.evaluate(student.model, [batch])["erank"]) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama-biases", "mistral", "qwen2-tied", "qwen3"])
+def test_no_devices_are_mixed_in_a_step_forward_and_backward(family, dtype):
+    batch = {"input_ids": torch.zeros(2, 12, dtype=torch.long)}
+    with fake("meta") as device:
+        teacher = fake_teacher(device, family, dtype)
+        calibration = red.calibrate(teacher, [batch, batch], 16)
+        for method in ("red", "pca"):
+            student = red.new_student(method, teacher, 16, calibration)
+            optimizer = torch.optim.Adam(student.parameters(), foreach=False)
+            config = config_of(steps=2, grad_accum=2, temperature=2.0)
+            batches = itertools.repeat(batch)
+            steps = red.distill(teacher, student, batches, config, calibration.scales, optimizer)
+            assert [record["step"] for record in steps] == [1, 2]
+            assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
+
+
+def test_a_mixture_of_devices_is_found():
+    """The control: what the two tests above would see."""
+    batch = {"input_ids": torch.zeros(2, 12, dtype=torch.long)}
+    with fake("cuda") as device:
+        teacher = fake_teacher(device, "llama", torch.bfloat16)
+        calibration = red.calibrate(teacher, [batch, batch], 16)
+        student = red.new_student("red", teacher, 16, calibration)
+        head = student.model.lm_head.weight.detach().to("cpu")
+        student.model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+        with pytest.raises(RuntimeError, match="same device"):
+            red.evaluate(student.model, [batch])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_types_are_mixed_in_bfloat16(family):
+    """With values, on the CPU, which refuses a product of two types."""
+    teacher = make_teacher(family, torch.bfloat16)
+    for method in ("red", "pca", "lrc"):
+        student, calibration = make_student(teacher, method=method)
+        config = config_of(steps=2, temperature=2.0)
+        records = train(teacher, student, [make_batch()] * 2, config, calibration.scales)
+        assert all(not record["skipped"] for record in records)
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+        assert {parameter.dtype for parameter in student.model.parameters()} == {torch.bfloat16}
+        assert math.isfinite(red.evaluate(student.model, [make_batch()])["loss"])
 
 
 # Several processes ------------------------------------------------------------------------------
