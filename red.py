@@ -1116,8 +1116,9 @@ def settings_of(config):
         settings["tiny_config"] = read_tiny_config()
     for name in ("model", "data", "eval_data"):
         stats = [path.stat() for path in files_of(settings[name] or "")]
-        newest = time.ctime(max([stat.st_mtime for stat in stats], default=0))
-        settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes of {newest}"
+        if stats:
+            newest = time.ctime(max(stat.st_mtime for stat in stats))
+            settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes of {newest}"
     return settings | {"program": "red.py", "processes": process()[1]}
 
 
@@ -1605,8 +1606,7 @@ def carry_out(config):
             text = f"{label:<17}  {' '.join(text.split())[:400]}"
             print(textwrap.fill(text, 100, subsequent_indent=" " * 19))
         for method in config.methods:
-            folder = f"{config.out}/{method}/student"
-            announce("student", f"AutoModelForCausalLM.from_pretrained('{folder}')")
+            announce("student", f"{config.out}/{method}/student, for AutoModelForCausalLM")
     if process()[1] > 1:  # its threads must not outlive Python
         torch.distributed.destroy_process_group()
 

@@ -1234,7 +1234,7 @@ def test_a_run_on_a_folder_leaves_what_it_promises(real, data, tmp_path, capsys)
     assert f"base_model: {real}/teacher" in card and f"{summary['loss']:.3f}" in card
     assert '"seq_len": 32' in card
     said = capsys.readouterr().out
-    assert "width 48" in said and "energy" in said and f"'{out}/red/student'" in said
+    assert "width 48" in said and "energy" in said and f"{out}/red/student, for" in said
     answers = [summary["teacher"]["example"], summary["example"]]
     assert answers[0]["prompt"] == answers[1]["prompt"]
 
