@@ -992,7 +992,7 @@ def open_documents(source, flag):
             refuse(not usable, f"{source} is no file with text; {advice}")
             options |= {"path": reader, "data_files": [glob.escape(str(path)) for path in files]}
             see = gzip.open if files[0].suffix == ".gz" else open
-            if reader == "text" and "\n\n" in see(files[0], "rt", encoding="utf-8").read().strip():
+            if reader == "text" and re.search(rb"\n\r?\n\s*\S", see(files[0], "rb").read(10**6)):
                 options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
         elif not files:
             options |= dict(zip(("path", "name", "split"), source.split(":")))

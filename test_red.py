@@ -6,6 +6,7 @@ What is expected is written out here by hand: no oracle takes a name or a formul
 """
 
 import contextlib
+import functools
 import gzip
 import itertools
 import json
@@ -897,7 +898,7 @@ def test_what_is_chosen_is_the_likeliest_answer():
 
 
 def test_red_keeps_more_effective_rank_than_lrc_and_pca_starts_lower():
-    teacher = red.tiny_teacher(red.read_tiny_config(), 0, "cpu", steps=250)
+    teacher = red.tiny_teacher(red.read_tiny_config(), 0, "cpu", steps=170)
     samples = red.tiny_batches(16, 48, "calibration")
     calibration = red.calibrate(teacher, [next(samples) for _ in range(4)], 48)
     held_out, starts, ends = [next(samples)], {}, {}
@@ -1702,7 +1703,7 @@ def test_no_devices_are_mixed_on_a_gpu(family, dtype, monkeypatch):
             assert len(red.evaluate(student.model, [batch])["erank"]) == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama-biases", "mistral", "qwen2-tied", "qwen3"])
 def test_no_devices_are_mixed_in_a_step_forward_and_backward(family, dtype):
     batch = {"input_ids": torch.zeros(2, 12, dtype=torch.long)}
@@ -1712,10 +1713,10 @@ def test_no_devices_are_mixed_in_a_step_forward_and_backward(family, dtype):
         for method in ("red", "pca"):
             student = red.new_student(method, teacher, 16, calibration)
             optimizer = torch.optim.Adam(student.parameters(), foreach=False)
-            config = config_of(steps=2, grad_accum=2, temperature=2.0)
+            config = config_of(steps=1, grad_accum=2, temperature=2.0)
             batches = itertools.repeat(batch)
             steps = red.distill(teacher, student, batches, config, calibration.scales, optimizer)
-            assert [record["step"] for record in steps] == [1, 2]
+            assert [record["step"] for record in steps] == [1]
             assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
 
 
@@ -1789,14 +1790,23 @@ def test_two_processes_are_one_on_the_whole_batch(tmp_path):
             torch.testing.assert_close(got, parameter.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path):
+def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path, monkeypatch):
     """Tiny-world lines, where two processes read just what one with twice the batch reads."""
     words = ["--model", f"{real}/teacher", "--steps", "4", "--seq-len", "32", "--methods", "red"]
     words += ["--calibration-samples", "4", "--save-every", "2", "--learning-rate", "1e-3"]
+    few = functools.partial(red.tiny_scores, problems=3)  # the whole takes a minute
+    monkeypatch.setattr(red, "tiny_scores", few)
+    script = f"import sys, functools; sys.path.insert(0, {str(HERE)!r}); import red\n"
+    script += "red.tiny_scores = functools.partial(red.tiny_scores, problems=3)\n"
+    (tmp_path / "few.py").write_text(f"{script}sys.exit(red.main())\n")
     one = [*words, "--batch-size", "2", "--grad-accum", "2", "--out", f"{tmp_path}/one"]
     assert red.main(one) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(random.SystemRandom().randrange(20000, 60000)), red.__file__]
+    command += [
+        "--master_port",
+        str(random.SystemRandom().randrange(20000, 60000)),
+        str(tmp_path / "few.py"),
+    ]
     command += [*words, "--batch-size", "2", "--out", f"{tmp_path}/two"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
