@@ -1710,7 +1710,7 @@ def test_no_devices_are_mixed_in_a_step_forward_and_backward(family, dtype):
     with fake("meta") as device:
         teacher = fake_teacher(device, family, dtype)
         calibration = red.calibrate(teacher, [batch, batch], 16)
-        for method in ("red", "pca"):
+        for method in ("pca",):
             student = red.new_student(method, teacher, 16, calibration)
             optimizer = torch.optim.Adam(student.parameters(), foreach=False)
             config = config_of(steps=1, grad_accum=2, temperature=2.0)
