@@ -41,11 +41,13 @@ import textwrap
 import time
 import zipfile
 from pathlib import Path
+from typing import Literal
 
 import safetensors
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import HfApi
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -78,19 +80,20 @@ class Config:
     methods: list[str] = setting(["red"], "one or more of those below")
     data: str | None = setting(None, "text to train on; unset: FineWeb-Edu, or the tiny world's")
     calibration_samples: int = setting(15, "sequences of --data to calibrate on")
+    seq_len: int = setting(512, "tokens per sequence")
     steps: int = setting(1000, "optimiser steps; 0: export and measure the start")
     batch_size: int = setting(8, "sequences per micro-batch and process")
     grad_accum: int = setting(1, "micro-batches per optimiser step and process")
-    seq_len: int = setting(512, "tokens per sequence")
     learning_rate: float = setting(3e-4, "Adam's learning rate, at its peak")
     temperature: float = setting(1.0, "that softens both distributions of KL")
     alpha: float = setting(0.2, "weight of the alignment loss")
     seed: int = setting(0, "seed of everything random")
-    eval_data: str | None = setting(None, "worked problems; unset: GSM8K, if all is from the hub")
-    eval_problems: int = setting(200, "how many of --eval-data's to measure; 0: none")
+    eval: Literal["steps", "none"] | None = setting(None, "unset: steps, if all is from the hub")
+    eval_data: str | None = setting(None, "worked problems; unset: the test set of GSM8K")
+    eval_problems: int = setting(200, "how many of --eval-data's to measure")
     measure_every: int = setting(250, "steps between measures in training; 0: at its start only")
-    save_every: int = setting(250, "steps between checkpoints; 0: on a signal only")
     out: str | None = setting(None, "folder for the results; unset: runs/ and what is not default")
+    save_every: int = setting(250, "steps between checkpoints; 0: on a signal only")
     overwrite: bool = setting(False, "replace an earlier run's results in --out")
 
 
@@ -487,17 +490,15 @@ def kl_and_cross_entropy(student_logits, teacher_logits, targets, temperature):
     return temperature**2 * kl, cross_entropy
 
 
-def tokens_at_once(head):
-    """How many tokens' logits exist at a time: GPUs need larger matrix products."""
-    return max(128, 2**22 // len(head)) * (8 if head.is_cuda else 1)
-
-
 class ChunkedDistillation(torch.autograd.Function):
     """The work of `distillation_loss`: forward also forms the gradients, chunk by chunk."""
 
+    logits_at_once = 2**24  # times 8 on a GPU, which needs larger matrix products
+
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, count):
-        totals, size = torch.zeros(2, device=hidden.device), tokens_at_once(head)
+        totals = torch.zeros(2, device=hidden.device)
+        size = max(1, ChunkedDistillation.logits_at_once * (8 if head.is_cuda else 1) // len(head))
         grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
@@ -738,10 +739,10 @@ def read_tiny_config():
     return values
 
 
-def tiny_teacher(values, seed, device, steps=TINY_TEACHER_STEPS):
+def tiny_teacher(values, seed, steps=TINY_TEACHER_STEPS):
     """Train the tiny world's teacher, a frozen model, from random weights; values: its config's."""
     torch.manual_seed(seed)
-    teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).float().to(device)
+    teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).float()
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     batches = tiny_batches(16, 48, seed)  # 48 characters hold any one line
@@ -787,9 +788,7 @@ def evaluate(model, batches, tokens=4096):
 
     loss = total / max(1, count)
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            "the held-out loss is not finite; a lower --learning-rate may help"
-        )
+        raise FloatingPointError("the held-out loss is not finite; lower --learning-rate")
     measures = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     measures |= {"erank": [], "erank_raw": [], "similarity": []}
     for parts in states.values():
@@ -815,10 +814,7 @@ def generate(model, tokenizer, prompts, new_tokens):
 
 @torch.no_grad()
 def share_chosen(model, tokenizer, questions):
-    """The share of questions whose right answer is likelier than every wrong one (§6).
-
-    questions: (prompt, [right answer, wrong answers]), texts; here a character is a token.
-    """
+    """The share of (prompt, [right answer, wrong answers]) whose right answer is likeliest (§6)."""
     pairs = [(prompt, answer) for prompt, answers in questions for answer in answers]
     texts = [prompt + answer for prompt, answer in pairs]
     batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
@@ -850,10 +846,9 @@ def tiny_questions(problems):
 
 
 def tiny_scores(model, tokenizer, problems=200):
-    """The tiny world's questions, each asked both ways, as the paper asks its own (§6).
+    """The shares of `pairs` and, by length, `chains` that are `chosen` and `written` right (§6).
 
-    `pairs` and, by length, `chains`: the share that is `chosen` right among four by likelihood,
-    and `written` right: all of a pair, the digit after a chain's `#`.
+    Chosen among four by likelihood; written by the model: all of a pair, a chain's last digit.
     """
     chosen, written = [], []
     for group in progress(tiny_questions(problems), "questions"):
@@ -898,34 +893,34 @@ def step_answers(model, problems):
     for states, problem in zip(last_hidden(model, ids, mask), problems):
         first, wanted = problem["first"], problem["ids"][problem["first"] :]
         said = model.lm_head(states[first - 1 : len(problem["ids"]) - 1]).argmax(-1).tolist()
-        others, results = [a == b for a, b in zip(wanted, said)], []
-        for start, end in reversed(problem["results"]):
-            results.insert(0, all(others[start - first : end - first]))
-            del others[start - first : end - first]
-        answers.append((results, others))
+        right = [a == b for a, b in zip(wanted, said)]
+        spans = [range(start - first, end - first) for start, end in problem["results"]]
+        rest = sorted(set(range(len(right))).difference(*spans))
+        results = [all(right[i] for i in span) for span in spans]
+        answers.append((results, [right[i] for i in rest]))
     return answers
 
 
 def step_scores(model, problems, batch_size):
     """Which results of worked problems a model would write, given all before them (§6) [ours].
 
-    Where a teacher is too small to solve GSM8K, its solutions still tell students apart. Shares
-    from 0 to 1: `results` right, `by_step` the first, second and later, and of the other tokens
+    Shares from 0 to 1: `results` right, `by_step` the first, second and later, and `other_tokens`
     of the answers, a measure of general ability; and `by_problem`, which results are right.
     """
     number, count = process()
-    mine, answers = problems[number::count], []
+    begin, end = (len(problems) * i // count for i in (number, number + 1))  # of this process
+    mine, answers = problems[begin:end], []
     for start in progress(range(0, len(mine), batch_size), "steps"):
         answers += step_answers(model, mine[start : start + batch_size])
-    answers, by_step, others = sum(gather(answers), []), [[], [], []], []
-    for results, rest in answers:
+    by_step, others, rows = [[], [], []], [], []
+    for problem, (results, rest) in zip(problems, sum(gather(answers), [])):
+        rows.append({"prompt": problem["prompt"], "right": results})
         others += rest
         for step, right in enumerate(results):
             by_step[min(step, 2)].append(right)
     groups = [sum(by_step, []), others, *by_step]
     everything, other, *steps = [sum(group) / max(1, len(group)) for group in groups]
-    shares = {"results": everything, "by_step": steps, "other_tokens": other}
-    return shares | {"by_problem": [results for results, _ in answers]}
+    return {"results": everything, "by_step": steps, "other_tokens": other, "by_problem": rows}
 
 
 # ==== Teachers and text (App. F) ==============================================================
@@ -947,7 +942,7 @@ class Task:
     problems: list = None  # with worked solutions, for `step_scores`
 
 
-def load_teacher(name, dtype=torch.float32, device="cpu"):
+def load_teacher(name):
     """A frozen teacher and its tokenizer, a folder's or the hub's (§3). UserError: of no use."""
     advice = "pass a folder with config.json, all weights and tokenizer, or a hub model in reach."
     with as_user_error(f"cannot load {name!r} ({{}}); {advice}"):
@@ -958,6 +953,7 @@ def load_teacher(name, dtype=torch.float32, device="cpu"):
         adapter = os.path.exists(os.path.join(name, "adapter_config.json"))
         refuse(adapter, f"{name} has an adapter beside its weights; merge it into them first.")
         tokenizer = AutoTokenizer.from_pretrained(name)
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         options = {"config": config, "dtype": dtype, "output_loading_info": True}
         teacher, loading = AutoModelForCausalLM.from_pretrained(name, **options)
 
@@ -971,7 +967,8 @@ def load_teacher(name, dtype=torch.float32, device="cpu"):
     refuse(not usable, f"{name} lacks its tokenizer's files, or has another model's.")
     # A file may hold two different matrices where its config calls them tied: believe the file.
     teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
-    return teacher.to(device).eval().requires_grad_(False), tokenizer
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    return teacher.eval().requires_grad_(False), tokenizer
 
 
 def open_documents(source, flag):
@@ -1002,9 +999,10 @@ def open_documents(source, flag):
 
 def files_of(source):
     """The files that a name stands for, itself, a folder's or a pattern's; none: of the hub."""
-    if os.path.isdir(source):
-        return sorted(path for path in Path(source).rglob("*") if path.is_file())
-    return [Path(source)] if os.path.exists(source) else [*map(Path, sorted(glob.glob(source)))]
+    paths = [source] if os.path.exists(source or "") else glob.glob(source or "")
+    if os.path.isdir(source or ""):
+        paths = [path for path in Path(source).rglob("*") if path.is_file()]
+    return sorted(Path(path).resolve() for path in paths)
 
 
 def document_text(row, number=1):
@@ -1057,8 +1055,7 @@ def open_task(config, name):
     Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
     UserError: the teacher or the text is of no use.
     """
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    teacher, tokenizer = load_teacher(str(name), dtype, own_device())
+    teacher, tokenizer = load_teacher(str(name))
     if config.data is None:
         samples = tiny_batches(1, config.seq_len, f"calibration {config.seed}")
         calibration = list(itertools.islice(samples, config.calibration_samples))
@@ -1084,9 +1081,8 @@ def open_task(config, name):
         rows = readable(open_documents(config.eval_data, "--eval-data"), config.eval_data)
         rows = [row for row in itertools.islice(rows, config.eval_problems) if row.get("answer")]
         task.problems = [worked_problem(row, tokenizer) for row in rows]
-        wanted = "rows of `question` and `answer`, in which results stand as in <<48/2=24>>"
         annotated = any(problem["results"] for problem in task.problems)
-        refuse(not annotated, f"--eval-data {config.eval_data} has no {wanted}.")
+        refuse(not annotated, f"--eval-data {config.eval_data} has no results as in <<48/2=24>>.")
     return task
 
 
@@ -1095,7 +1091,7 @@ def open_task(config, name):
 # What is finished is reused, what is not goes on; a student's summary.json comes last. The first
 # process alone writes.
 
-RUN_FILES = ("summary.json", "teacher.json", "student", "checkpoints", "metrics.jsonl")
+RUN_FILES = "summary.json teacher.json problems.jsonl student checkpoints metrics.jsonl".split()
 NOT_IDENTITY = ("out", "overwrite", "save_every", "measure_every", "methods")
 LOCKS = []  # folders that are this process's until it ends, however that is
 
@@ -1110,15 +1106,21 @@ def write(path, value):
 
 
 def settings_of(config):
-    """What makes a run this one and no other: settings, and size and date of what it reads."""
+    """What makes a run this one: settings, size and date of files, commits of the hub's models."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
     if config.model is None:
         settings["tiny_config"] = read_tiny_config()
     for name in ("model", "data", "eval_data"):
-        stats = [path.stat() for path in files_of(settings[name] or "")]
+        stats = [path.stat() for path in files_of(settings[name])]
         if stats:
             newest = time.ctime(max(stat.st_mtime for stat in stats))
             settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes of {newest}"
+        elif settings[name]:
+            kind, commit = "model" if name == "model" else "dataset", "unknown"
+            with contextlib.suppress(Exception):  # the hub is out of reach: it may be in the cache
+                where = settings[name].partition(":")[0]
+                commit = HfApi().repo_info(where, repo_type=kind, timeout=10).sha
+            settings[f"{name} on the hub"] = gather(commit)[0]
     return settings | {"program": "red.py", "processes": process()[1]}
 
 
@@ -1133,10 +1135,11 @@ def open_folder(folder, settings, overwrite=False):
     with as_user_error(sentence):
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         refuse(stored["program"] != "red.py", sentence)
-    names = sorted(name for name in settings | stored if stored.get(name) != settings.get(name))
-    different = "; ".join(f"{n}: {stored.get(n)} there, {settings.get(n)} here" for n in names)
-    sentence = f"{folder} holds a run with other settings ({different}); name another --out, or"
-    refuse(different and not overwrite, f"{sentence} pass --overwrite to replace it.")
+    pairs = [(name, stored.get(name), settings.get(name)) for name in sorted(settings | stored)]
+    pairs = [pair for pair in pairs if pair[1] != pair[2] and "unknown" not in pair]
+    different = "; ".join(f"{name}: {there} there, {here} here" for name, there, here in pairs)
+    advice = f"({different}); name another --out, or pass --overwrite to replace it."
+    refuse(pairs and not overwrite, f"{folder} holds a run with other settings {advice}")
 
 
 def begin(folder, settings, overwrite=False):
@@ -1191,8 +1194,8 @@ def load_checkpoint(folder, student, optimizer):
 
 def student_config(teacher_config, hidden_size, untie=False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    traces = ("quantization_config", "_name_or_path", "dtype", "transformers_version")
-    values = {k: v for k, v in teacher_config.to_dict().items() if k not in traces}
+    values = teacher_config.to_dict()
+    values.pop("quantization_config", None)  # of weights that are in full precision by now
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
@@ -1228,7 +1231,7 @@ def tiny_teacher_folder(config):
         announce("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
         begin(folder, settings, config.overwrite)
         if process()[0] == 0:
-            tiny_teacher(values, config.seed, own_device()).save_pretrained(folder)
+            tiny_teacher(values, config.seed).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
         write(folder / "summary.json", {"steps": TINY_TEACHER_STEPS})
     gather()
@@ -1252,21 +1255,13 @@ def set_up(config):
     if task.problems is not None:
         announce("reasoning", f"{len(task.problems)} worked problems of {config.eval_data}")
     elif config.data is not None:
-        announce("reasoning", "not measured; --eval-data openai/gsm8k:main:test would do it")
-
+        announce("reasoning", "not measured; --eval steps would ask GSM8K's problems, of the hub")
     calibration = calibrate(teacher, task.calibration, hidden_size)
     for kind, energy in calibration.energy.items():
-        kept = f"{hidden_size} {kind} hold {energy:.0%} of the stream's energy, and two halves of"
         same = f"{calibration.agreement[kind]:.0%} (chance: {hidden_size / width:.0%})"
-        announce("calibration", f"{kept} {len(task.calibration)} samples agree on {same}")
+        kept = f"{energy:.0%} of the stream's energy, and two halves of the samples agree on {same}"
+        announce("calibration", f"{hidden_size} {kind} hold {kept}")
     return task, calibration
-
-
-def measure_progress(student, task, config):
-    """What is measured during training, as a part of a step's record."""
-    with torch.no_grad():
-        student.make_weights()
-    return {"held_out": measure_model(student.model, task, config, finished=False)}
 
 
 def train_student(method, config, folder, student, task, scales):
@@ -1276,7 +1271,8 @@ def train_student(method, config, folder, student, task, scales):
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     first = load_checkpoint(checkpoints, student, optimizer)
     if first == 0:
-        records = [{"step": 0, "tokens": 0} | measure_progress(student, task, config)]
+        held_out = measure_model(student.model, task, config)
+        records = [{"step": 0, "tokens": 0, "held_out": held_out}]
     else:  # what came after the checkpoint will come again
         records = [json.loads(line) for line in metrics.read_text().splitlines()[: first + 1]]
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
@@ -1294,7 +1290,8 @@ def train_student(method, config, folder, student, task, scales):
             record["tokens"] = step * tokens
             bar.set_postfix(nats=record["cross_entropy"], refresh=False)
             if measure_every and (step % measure_every == 0 or step == config.steps):
-                record |= measure_progress(student, task, config)
+                student.make_weights()
+                record["held_out"] = measure_model(student.model, task, config)
             records.append(record)
             if process()[0] == 0:
                 file.write(json.dumps(record) + "\n")
@@ -1324,11 +1321,11 @@ def make_student(method, config, task, calibration, teacher_row):
     gather()
 
     # What is measured is what was written: the checkpoint, opened as anyone would open it.
-    exported, _ = load_teacher(str(folder / "student"), teacher.dtype, teacher.device)
+    exported, _ = load_teacher(str(folder / "student"))
     summary = {"method": method, "teacher": teacher_row, "tokens": records[-1]["tokens"]}
     summary["channels"] = calibration.bases["channels"].argmax(0).tolist()
     summary["curve"] = [record for record in records if "held_out" in record]
-    summary |= measure_model(exported, task, config)
+    summary |= measure_model(exported, task, config, folder)
     write(folder / "student" / "README.md", model_card(config, summary))
     write(folder / "summary.json", summary)
     return summary
@@ -1340,21 +1337,23 @@ def model_card(config, summary):
     results = table({"teacher": summary["teacher"], summary["method"]: summary})
     settings = (Path(config.out) / "settings.json").read_text(encoding="utf-8")
     about = f"{name}, made narrower by `{summary['method']}` of red.py (arXiv 2605.29327) on {text}"
-    tail = f"its licence is the same.\n\n```\n{results}\n\n{settings}\n```\n"
-    return f"---\nbase_model: {name}\n---\n{about}; {tail}"
+    head = "" if files_of(name) or config.model is None else f"---\nbase_model: {name}\n---\n"
+    return f"{head}{about}; its licence is the same.\n\n```\n{results}\n\n{settings}\n```\n"
 
 
-def measure_model(model, task, config, finished=True):
-    """All that is measured on a model: a dict; once it is finished, with an `example` of it."""
+def measure_model(model, task, config, folder=None):
+    """All that is measured on a model, a dict; with more, and a file, if it is finished."""
     result = evaluate(model, task.held_out)
     result |= {"hidden_size": model.config.hidden_size, "parameters": model.num_parameters()}
     prompt = task.tokenizer.decode(task.held_out[0]["input_ids"][0, :32])
     if task.problems is not None:
         result |= step_scores(model, task.problems, config.batch_size)
-        prompt = task.problems[0]["prompt"]
-    if finished and task.documents is None:
+        lines, prompt = result.pop("by_problem"), task.problems[0]["prompt"]
+        if folder is not None:
+            write(folder / "problems.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    if folder is not None and task.documents is None:
         result |= tiny_scores(model, task.tokenizer)
-    elif finished:
+    elif folder is not None:
         (answer,) = generate(model, task.tokenizer, [prompt], 80)
         result["example"] = {"prompt": prompt, "answer": answer}
     return result
@@ -1375,7 +1374,7 @@ def make_students(config):
         begin(out, settings, config.overwrite)
         kept = out / "teacher.json"
         if not kept.is_file():
-            write(kept, measure_model(task.teacher, task, config))
+            write(kept, measure_model(task.teacher, task, config, out))
         teacher_row = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
         for method in config.methods:
             if method not in rows:
@@ -1445,11 +1444,6 @@ def refuse(problem, sentence):
         raise UserError(sentence)
 
 
-def one_line(error):
-    """An exception's text, or the start of it, in one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
-
-
 @contextlib.contextmanager
 def as_user_error(sentence):
     """Re-raise errors in the block as UserError: `sentence`, with the error's text for {}."""
@@ -1458,7 +1452,8 @@ def as_user_error(sentence):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(sentence.replace("{}", one_line(error))) from error
+        text = textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
+        raise UserError(sentence.replace("{}", text)) from error
 
 
 SIGNALS = {"wait": False, "came": False}
@@ -1494,8 +1489,7 @@ def announce(what, text):
 
 def progress(items, what, delay=2, **options):
     """The items behind a progress bar, which the first process shows if they take a while."""
-    options |= {"leave": False, "delay": delay, "disable": process()[0] > 0}
-    return tqdm(items, desc=what, **options)
+    return tqdm(items, what, leave=False, delay=delay, disable=process()[0] > 0, **options)
 
 
 def make_parser():
@@ -1506,9 +1500,16 @@ def make_parser():
     options = {"description": __doc__, "epilog": "\n".join(after), "usage": "python red.py [flags]"}
     options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "exit_on_error": False}
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
+    groups = {"model": "teacher and students", "data": "text", "steps": "training"}
+    groups |= {"eval": "evaluation", "out": "output"}  # by their first flags
     for action in parser._optionals._group_actions[1:]:
         action.option_strings = action.option_strings[-1:]  # --batch_size is understood, too
-        action.metavar = action.dest.upper()
+        if action.choices is None:
+            action.metavar = action.dest.rpartition("_")[2].upper()
+        if action.dest in groups:
+            group = parser.add_argument_group(groups[action.dest])
+        group._group_actions.append(action)
+    del parser._optionals._group_actions[1:]
     return parser
 
 
@@ -1529,9 +1530,8 @@ def parse_arguments(arguments=None):
     if is_tiny(config):
         parser.set_defaults(**TINY_DEFAULTS)
         config = parse_words(parser, arguments)
-    check(config)
     fill_in(config, parser)
-    check(config)  # the folder that it has named, too
+    check(config)
     return config
 
 
@@ -1550,19 +1550,21 @@ def fill_in(config, parser):
     for field, value in vars(config).items():
         if value != parser.get_default(field) and field not in (*NOT_IDENTITY, "model"):
             name.append(f"{field.replace('_', '-')}-{value}".replace("/", "-"))
-    config.out = config.out or "-".join(name)
-    local = any(files_of(source or "") for source in (config.model, config.data))
-    if config.eval_problems == 0:
-        config.eval_data = None
-    elif not local and not is_tiny(config):
-        config.eval_data = config.eval_data or "openai/gsm8k:main:test"
-    if not is_tiny(config):
-        config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"
+    config.out = "-".join(name) if config.out is None else config.out
+    if is_tiny(config):
+        return
+    local = files_of(config.model) or files_of(config.data)
+    if config.eval is None:
+        config.eval = "none" if local and config.eval_data is None else "steps"
+    if config.eval == "steps" and config.eval_data is None:
+        config.eval_data = "openai/gsm8k:main:test"
+    if config.data is None:
+        config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 
 def check(config):
     """Reject impossible settings (UserError). Loads nothing."""
-    least = {"calibration_samples": 2, "seq_len": 2, "batch_size": 1, "grad_accum": 1}
+    least = dict(calibration_samples=2, seq_len=2, batch_size=1, grad_accum=1, eval_problems=1)
     for name, value in vars(config).items():
         flag = "--" + name.replace("_", "-")
         refuse(value == "", f"{flag} is empty; name something, or leave it out.")
@@ -1571,8 +1573,7 @@ def check(config):
         elif isinstance(value, int | float):
             wrong = not least.get(name, 0) <= value < 2**63
             refuse(wrong, f"{flag} must be a number of at least {least.get(name, 0)}, got {value}.")
-        if name in ("data", "eval_data") and value is not None:
-            refuse(config.model is None, f"{flag} needs --model, the teacher to use.")
+        refuse("data" in name and value and not config.model, f"{flag} needs --model, the teacher.")
         if name in ("model", "data", "eval_data") and value is not None and config.out:
             path, out = Path(value).resolve(), Path(config.out).resolve()
             inside = os.path.exists(value) and (out in (path, *path.parents) or path in out.parents)
@@ -1581,22 +1582,20 @@ def check(config):
     refuse(not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     wrong = sorted(set(config.methods) & set(METHODS)) != sorted(config.methods)
     refuse(wrong, f"--methods takes {', '.join(METHODS)}, once each; got {config.methods}.")
-    unused = config.eval_data is not None and is_tiny(config)
-    refuse(unused, "--eval-data is not for the tiny world, which has questions of its own.")
-
-
-def own_device():
-    """This process's device: a GPU of its own under torchrun, else the first, else the CPU."""
-    local = os.environ["LOCAL_RANK"] if torch.distributed.is_initialized() else 0
-    return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    wanted = config.eval == "steps" or config.eval_data is not None
+    refuse(wanted and is_tiny(config), "--eval is not for the tiny world: its questions are fixed.")
+    refuse(wanted and config.eval == "none", "--eval none and --eval-data contradict each other.")
+    trained = {config.data, *files_of(config.data)} - {None}
+    seen = trained & {config.eval_data, *files_of(config.eval_data)}
+    refuse(seen, "--eval-data is part of --data, and would be trained on; name another.")
 
 
 def carry_out(config):
     """Everything that one command line asks for."""
     if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
         torch.distributed.init_process_group()  # nccl for GPUs, gloo for CPUs
-    if torch.cuda.is_available():
-        torch.cuda.set_device(own_device())
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     rows = make_students(config)
     answers = {"": rows["teacher"]["example"]["prompt"]}
     answers |= {label: row["example"]["answer"] for label, row in rows.items()}
@@ -1632,7 +1631,8 @@ def main(arguments=None):
     except FloatingPointError as error:
         code, text = 1, f"{error}."
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
-        code, text = 1, f"{one_line(error)}; what was saved is kept, the same command goes on."
+        code, text = 1, textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
+        text += "; what was saved is kept, the same command goes on."
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             text = "out of memory; try a smaller --batch-size or --seq-len."
         elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):

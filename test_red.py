@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub out of reach, at once and everywhere
 
@@ -506,7 +507,7 @@ def test_distillation_loss_and_its_gradient(temperature, chunk, monkeypatch):
     labels = torch.randint(0, 30, (2, 7), generator=torch.Generator().manual_seed(0))
     labels[0, :3] = -100
     labels[1, 5] = -100
-    monkeypatch.setattr(red, "tokens_at_once", lambda head: chunk)
+    monkeypatch.setattr(red.ChunkedDistillation, "logits_at_once", 30 * chunk)
     hidden, head = tensors[0].requires_grad_(), tensors[1].requires_grad_()
     loss, kl, cross_entropy = red.distillation_loss(*tensors, labels, temperature)
     expected = losses_by_hand(*tensors, labels, temperature)
@@ -554,7 +555,7 @@ def test_alignment_of_many_millions_of_numbers_is_right_to_a_ten_thousandth():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_losses_of_low_precision_are_those_of_high_precision(dtype, tolerance, monkeypatch):
     """Over many chunks, too, of which the head's gradient is the sum."""
-    monkeypatch.setattr(red, "tokens_at_once", lambda head: 8)
+    monkeypatch.setattr(red.ChunkedDistillation, "logits_at_once", 30 * 8)
     sizes = (2, 65, 16), (30, 16), (2, 65, 32), (30, 32)
     tensors = random_tensors(*sizes, dtype=torch.float32)
     labels = torch.randint(0, 30, (2, 65), generator=torch.Generator().manual_seed(0))
@@ -811,7 +812,7 @@ def test_tiny_tokenizer_round_trip(tmp_path):
 def test_the_tiny_world_in_every_family(family, tmp_path):
     """Also with prompts of two lengths: the saved tokenizer has a pad token that it knows."""
     values = red.read_tiny_config() | {"model_type": family, "hidden_size": 32, "head_dim": 8}
-    teacher = red.tiny_teacher(values, 0, "cpu", steps=2)
+    teacher = red.tiny_teacher(values, 0, steps=2)
     teacher.save_pretrained(tmp_path)
     red.tiny_tokenizer().save_pretrained(tmp_path)
     teacher, tokenizer = red.load_teacher(str(tmp_path))
@@ -875,7 +876,7 @@ def test_tiny_scores_are_of_exact_answers(monkeypatch):
 def test_what_is_chosen_is_the_likeliest_answer():
     """Against the likelihood of each answer alone, one token at a time; a tie is not right."""
     values = red.read_tiny_config() | {"hidden_size": 32, "head_dim": 8}
-    teacher, tokenizer = red.tiny_teacher(values, 0, "cpu", steps=30), red.tiny_tokenizer()
+    teacher, tokenizer = red.tiny_teacher(values, 0, steps=30), red.tiny_tokenizer()
     questions = [*red.tiny_questions(12)[3], *red.tiny_questions(12)[0]]
 
     def likelihood(prompt, answer):
@@ -898,7 +899,7 @@ def test_what_is_chosen_is_the_likeliest_answer():
 
 
 def test_red_keeps_more_effective_rank_than_lrc_and_pca_starts_lower():
-    teacher = red.tiny_teacher(red.read_tiny_config(), 0, "cpu", steps=170)
+    teacher = red.tiny_teacher(red.read_tiny_config(), 0, steps=170)
     samples = red.tiny_batches(16, 48, "calibration")
     calibration = red.calibrate(teacher, [next(samples) for _ in range(4)], 48)
     held_out, starts, ends = [next(samples)], {}, {}
@@ -1055,7 +1056,7 @@ def real(tmp_path_factory):
     import datasets
 
     folder = tmp_path_factory.mktemp("real")
-    teacher = red.tiny_teacher(red.read_tiny_config(), 0, "cpu", steps=1)
+    teacher = red.tiny_teacher(red.read_tiny_config(), 0, steps=1)
     teacher.save_pretrained(folder / "teacher")
     red.tiny_tokenizer().save_pretrained(folder / "teacher")
     generator = random.Random(0)
@@ -1232,7 +1233,8 @@ def test_a_run_on_a_folder_leaves_what_it_promises(real, data, tmp_path, capsys)
     assert tokenizer("7+")["input_ids"] == [7, 10]
     assert (out / "red/student/generation_config.json").is_file()
     card = (out / "red/student/README.md").read_text()
-    assert f"base_model: {real}/teacher" in card and f"{summary['loss']:.3f}" in card
+    assert f"{real}/teacher, made narrower" in card and f"{summary['loss']:.3f}" in card
+    assert "base_model" not in card  # which has to be a name on the hub
     assert '"seq_len": 32' in card
     said = capsys.readouterr().out
     assert "width 48" in said and "energy" in said and f"{out}/red/student, for" in said
@@ -1251,7 +1253,8 @@ def test_a_run_on_a_folder_leaves_what_it_promises(real, data, tmp_path, capsys)
     assert summary_of(out / "red")["tokens"] == 0
 
 
-def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, capsys):
+def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(red, "generate", lambda *_: ["42"])  # to save time
     results = []
     for out in (tmp_path / "a", tmp_path / "b"):
         assert red.main(run_of(real, out, "--methods", *METHODS)) == 0
@@ -1276,7 +1279,7 @@ def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, ca
 
 def test_what_a_head_of_their_own_costs_is_said(tmp_path, real, capsys):
     values = red.read_tiny_config() | {"tie_word_embeddings": True}
-    red.tiny_teacher(values, 0, "cpu", steps=1).save_pretrained(tmp_path / "teacher")
+    red.tiny_teacher(values, 0, steps=1).save_pretrained(tmp_path / "teacher")
     red.tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     shutil.copy(real / "data.txt", tmp_path)
     assert red.main(run_of(tmp_path, tmp_path / "out", "--methods", "red", "pca")) == 0
@@ -1299,12 +1302,18 @@ def test_reasoning_is_measured_on_worked_problems(real, tmp_path, capsys):
     assert red.main([*words, "--eval-problems", "7"]) == 0
     said = capsys.readouterr().out
     assert "7 worked problems of" in said and "right" in said.split("\n\n")[-2]
+    for folder, row in (("out", "teacher"), ("out/red", "red")):
+        lines = (tmp_path / folder / "problems.jsonl").read_text().splitlines()
+        problems = [json.loads(line) for line in lines]
+        assert len(problems) == 7 and problems[0]["prompt"] == "Question: q\nAnswer:"
+        right = sum([problem["right"] for problem in problems], [])
+        assert summary_of(tmp_path / "out")[row]["results"] == sum(right) / len(right)
     rows = summary_of(tmp_path / "out")
     for row in (*rows.values(), *[point["held_out"] for point in rows["red"]["curve"]]):
         assert 0 <= row["results"] <= 1 and len(row["by_step"]) == 3
     assert rows["red"]["example"]["prompt"].endswith("Answer:")
     assert red.main(run_of(tmp_path, tmp_path / "other")) == 0
-    assert "not measured; --eval-data" in capsys.readouterr().out
+    assert "not measured; --eval steps" in capsys.readouterr().out
     assert "right" not in table_of(summary_of(tmp_path / "other"))
 
 
@@ -1329,8 +1338,9 @@ def test_the_table_has_at_most_100_columns_and_only_what_is_measured():
     assert lines[2].split()[4:9] == ["11%", "33%", "55%", "100%", "81%"]
 
 
-def test_settings_reach_what_they_are_for(real, tmp_path):
+def test_settings_reach_what_they_are_for(real, tmp_path, monkeypatch):
     """Each changes the result."""
+    monkeypatch.setattr(red, "generate", lambda *_: ["42"])  # to save time
     losses = []
     changes = ["", "--alpha 0.9", "--seed 3", "--temperature 9", "--learning-rate 1e-2",
                "--grad-accum 3", "--calibration-samples 2", "--ratio 0.33"]  # fmt: skip
@@ -1348,6 +1358,7 @@ def test_the_tiny_worlds_teacher_is_shared_by_the_runs_beside_each_other(
     honest, score = red.tiny_teacher, red.tiny_scores
     monkeypatch.setattr(red, "tiny_teacher", lambda values, *rest: honest(values, *rest, steps=3))
     monkeypatch.setattr(red, "tiny_scores", lambda model, words: score(model, words, problems=3))
+    monkeypatch.setattr(red, "TINY_PAIRS", red.TINY_PAIRS[:5])
     words = "--batch-size 2 --calibration-samples 2 --measure-every 0 --methods red".split()
     assert red.main([*words, "--steps", "1"]) == 0
     assert (tmp_path / "runs/tiny-llama-0/model.safetensors").is_file()
@@ -1423,6 +1434,29 @@ def test_what_was_read_is_known_and_what_changed_is_named(real, tmp_path, capsys
         path.write_text(path.read_text()[:-1])
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert red.main(words) == 0
+
+
+def test_a_newer_commit_on_the_hub_is_named_and_an_older_copy_goes_on(tmp_path, monkeypatch):
+    """What is not here is of the hub; where that is out of reach, its cache is what it was."""
+    monkeypatch.chdir(tmp_path)
+    commits, asked = {"some/teacher": "c1", "some/text": "c2", "openai/gsm8k": "c3"}, []
+
+    def repo_info(self, name, repo_type, timeout):
+        asked.append((name, repo_type))
+        return mock.Mock(sha=commits[name])
+
+    monkeypatch.setattr(red.HfApi, "repo_info", repo_info)
+    config = red.parse_arguments("--model some/teacher --data some/text:a:train".split())
+    stored = red.settings_of(config)
+    assert asked == [*zip(commits, ("model", "dataset", "dataset"))]
+    assert stored["model on the hub"] == "c1" and stored["data on the hub"] == "c2"
+    red.begin(tmp_path / "run", stored)
+    red.open_folder(tmp_path / "run", red.settings_of(config))
+    commits["some/text"] = "c4"
+    with pytest.raises(red.UserError, match="data on the hub: c2 there, c4 here"):
+        red.open_folder(tmp_path / "run", red.settings_of(config))
+    commits.clear()
+    red.open_folder(tmp_path / "run", red.settings_of(config))
 
 
 def test_one_command_at_a_time_in_a_folder(real, tmp_path, capfd):
@@ -1652,8 +1686,6 @@ def fake(device):
 
     What would depend on values is settled: numbers are 1, and masks choose everything.
     """
-    from unittest.mock import patch
-
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     honest = torch.Tensor.__getitem__
@@ -1665,11 +1697,11 @@ def fake(device):
 
     with FakeTensorMode(allow_non_fake_inputs=True), contextlib.ExitStack() as stack:
         for name, value in {"item": 1.0, "__float__": 1.0, "__int__": 1, "__bool__": True}.items():
-            some = patch.object(torch.Tensor, name, lambda self, value=value: value)
+            some = mock.patch.object(torch.Tensor, name, lambda self, value=value: value)
             stack.enter_context(some)
-        numbers = patch.object(FakeTensor, "tolist", lambda self: list(range(self.numel())))
+        numbers = mock.patch.object(FakeTensor, "tolist", lambda self: list(range(self.numel())))
         stack.enter_context(numbers)
-        stack.enter_context(patch.object(torch.Tensor, "__getitem__", getitem))
+        stack.enter_context(mock.patch.object(torch.Tensor, "__getitem__", getitem))
         yield torch.device(device)
 
 
@@ -1795,8 +1827,10 @@ def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path, m
     words += ["--calibration-samples", "4", "--save-every", "2", "--learning-rate", "1e-3"]
     few = functools.partial(red.tiny_scores, problems=3)  # the whole takes a minute
     monkeypatch.setattr(red, "tiny_scores", few)
+    monkeypatch.setattr(red, "TINY_PAIRS", red.TINY_PAIRS[:5])
     script = f"import sys, functools; sys.path.insert(0, {str(HERE)!r}); import red\n"
     script += "red.tiny_scores = functools.partial(red.tiny_scores, problems=3)\n"
+    script += "red.TINY_PAIRS = red.TINY_PAIRS[:5]\n"
     (tmp_path / "few.py").write_text(f"{script}sys.exit(red.main())\n")
     one = [*words, "--batch-size", "2", "--grad-accum", "2", "--out", f"{tmp_path}/one"]
     assert red.main(one) == 0
@@ -1834,18 +1868,23 @@ def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path, m
 
 
 def test_steps_shared_out_are_the_steps_of_one_process(monkeypatch):
+    """Also their order, with a process that has nothing to do."""
     answers = [([True, False], [True]), ([False, True, True, False], [False, True]), ([], [True])]
-    monkeypatch.setattr(red, "step_answers", lambda model, problems: [answers[i] for i in problems])
-    whole = red.step_scores(None, [0, 1, 2], 2)
-    assert whole.pop("by_problem") == [results for results, _ in answers]
-    assert whole == {"results": 0.5, "by_step": [0.5, 0.5, 0.5], "other_tokens": 0.75}
-    parts = []
-    for number in (0, 1):
-        as_process(monkeypatch, number, 2)
-        monkeypatch.setattr(red, "gather", lambda mine: parts.append(mine) or [*parts])
-        shared = red.step_scores(None, [0, 1, 2], 2)
-    assert sorted(shared.pop("by_problem")) == sorted(results for results, _ in answers)
-    assert shared == whole
+    problems = [{"prompt": str(i)} for i in range(3)]
+    known = dict(zip("012", answers))
+    monkeypatch.setattr(red, "step_answers", lambda model, some: [known[p["prompt"]] for p in some])
+    whole = red.step_scores(None, problems, 2)
+    expected = [{"prompt": str(i), "right": results} for i, (results, _) in enumerate(answers)]
+    assert whole["by_problem"] == expected
+    measures = {"results": 0.5, "by_step": [0.5, 0.5, 0.5], "other_tokens": 0.75}
+    assert whole == measures | {"by_problem": expected}
+    for count in (2, 5):
+        parts = []
+        monkeypatch.setattr(red, "gather", lambda mine, parts=parts: parts.append(mine) or [*parts])
+        for number in range(count):
+            as_process(monkeypatch, number, count)
+            shared = red.step_scores(None, problems, 2)
+        assert shared == whole
 
 
 # The command line -------------------------------------------------------------------------------
@@ -1879,6 +1918,12 @@ def bad_inputs():
     yield "empty data", [*model, "--data", ""], "--data"
     yield "empty out", [*model, "--out", ""], "--out"
     yield "questions for the tiny world", ["--eval-data", "x.jsonl"], "--eval-data"
+    yield "steps of the tiny world", ["--eval", "steps"], "tiny world"
+    yield "unknown evaluation", [*model, "--eval", "magic"], "magic"
+    yield "an evaluation of nothing", [*model, "--eval-problems", "0"], "eval-problems"
+    given = ["--eval-data", "{dir}/broken/../data.txt"]
+    yield "problems that are trained on", [*model, *given], "trained on"
+    yield "problems for nothing", [*model, "--eval", "none", *given], "contradict"
     yield "no folder", ["--model", "{dir}/nothing"], "nothing"
     yield "hub out of reach", ["--model", "nobody/nothing"], "nobody/nothing"
     yield "folder without config", ["--model", "{dir}"], "config.json"
@@ -1895,7 +1940,7 @@ def bad_inputs():
     for name, word in sources.items():
         yield f"data {name}", [*model, "--data", "{dir}/" + name], word
     yield "data out of reach", [*model, "--data", "nobody/nothing"], "--data"
-    yield "no problems", [*model, "--eval-data", "{dir}/data.txt"], "<<48/2=24>>"
+    yield "no problems", [*model, "--eval-data", "{dir}/short.txt"], "<<48/2=24>>"
     for name in ("toothless", "tokenless", "oversized", "nan", "adapter", "deeper"):
         yield f"teacher {name}", [*model, "--model", "{dir}/" + name], name
     yield "out is a file", [*model, "--out", "{dir}/data.csv"], "is a file"
@@ -1986,7 +2031,7 @@ def test_the_tiny_world_and_real_text_have_their_own_defaults(real):
     assert (tiny.data, text.data) == (None, "HuggingFaceFW/fineweb-edu:sample-10BT")
     assert (tiny.out, text.out) == ("runs/tiny", "runs/x")
     assert (tiny.eval_data, text.eval_data) == (None, "openai/gsm8k:main:test")
-    assert red.parse_arguments(["--model", "x", "--eval-problems", "0"]).eval_data is None
+    assert red.parse_arguments(["--model", "x", "--eval", "none"]).eval_data is None
     local = red.parse_arguments(["--model", f"{real}/teacher", "--data", f"{real}/data.txt"])
     assert (
         local.eval_data is None
@@ -2004,6 +2049,10 @@ def test_help_says_what_there_is(capsys):
     assert all(re.search(rf"^  {method}  ", said, re.MULTILINE) for method in METHODS)
     assert "--batch-size" in said and "--batch_size" not in said and "(default: 0.0003)" in said
     assert said.count("python red.py") > 3 and "learning_rate 0.01" in said
+    groups = ["teacher and students:", "text:", "training:", "evaluation:", "output:"]
+    assert [line for line in said.splitlines() if line in groups] == groups
+    flags = re.findall(r"^  --([a-z-]+) ", said, re.MULTILINE)
+    assert sorted(flags) == sorted(name.replace("_", "-") for name in vars(red.Config()))
 
 
 def test_the_readmes_picture_is_drawn_from_what_a_run_leaves(tmp_path):
@@ -2121,6 +2170,17 @@ def test_the_snippet_to_copy_runs_as_it_stands(real, tmp_path, monkeypatch, caps
     exec(snippet_with("student.model.save_pretrained"), {})
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").config.hidden_size == 48
+
+
+def test_the_benchmark_measures_step_and_floor(tmp_path):
+    """Its lines, on the tiny world's shape: the figures are the machine's."""
+    (tmp_path / "bench.py").write_text(snippet_with("FlopCounterMode"))
+    command = [sys.executable, "bench.py", str(HERE / "tiny_config.json"), "2", "32"]
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(HERE)}}
+    ended = subprocess.run([*command, "step", "floor"], capture_output=True, text=True, **where)
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines[::2]] == ["step", "floor"] and len(lines) == 4
 
 
 def test_the_penalty_for_projections_that_are_not_orthonormal(monkeypatch):
