@@ -1056,6 +1056,8 @@ def open_task(config, name):
     UserError: the teacher or the text is of no use.
     """
     teacher, tokenizer = load_teacher(str(name))
+    most = teacher.config.max_position_embeddings
+    refuse(config.seq_len > most, f"--seq-len is beyond the {most:,} positions of {name}.")
     if config.data is None:
         samples = tiny_batches(1, config.seq_len, f"calibration {config.seed}")
         calibration = list(itertools.islice(samples, config.calibration_samples))
@@ -1126,7 +1128,7 @@ def settings_of(config):
 
 def open_folder(folder, settings, overwrite=False):
     """See that a folder is free or holds these settings. UserError: it holds anything else."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     usable = there.is_dir() and os.access(there, os.W_OK)
     refuse(not usable, f"--out {folder} cannot be made: {there} is a file, or not yours to write.")
     if not folder.exists() or all(path.suffix == ".partial" for path in folder.iterdir()):
@@ -1199,7 +1201,7 @@ def student_config(teacher_config, hidden_size, untie=False):
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
-    values |= {"hidden_size": hidden_size, "tie_word_embeddings": tied}
+    values |= {"hidden_size": hidden_size, "tie_word_embeddings": tied, "output_attentions": False}
     return type(teacher_config)(**values)
 
 
@@ -1245,13 +1247,13 @@ def set_up(config):
     teacher, methods = task.teacher, ", ".join(config.methods)
     width, hidden_size = teacher.config.hidden_size, student_width(config.ratio, teacher.config)
     tokens = config.batch_size * config.seq_len * config.grad_accum * config.steps * process()[1]
-    text = config.data or "the lines of the tiny world"
     announce("teacher", f"{name}, width {width}, {teacher.num_parameters():,} parameters")
     announce("students", f"{methods}: width {hidden_size}, in {config.out}")
     if teacher.config.tie_word_embeddings and set(config.methods) & set(ROTATIONS):
         more = f"{teacher.config.vocab_size * hidden_size:,} parameters"
         announce("students", f"{', '.join(ROTATIONS)}: a head of their own, {more}")
-    announce("training", f"{tokens:,} tokens of {text}, on {process()[1]} x {teacher.device}")
+    text = f"{config.data or 'the tiny world'}, on {process()[1]} x {teacher.device}"
+    announce("training", f"{tokens:,} tokens of {text}")
     if task.problems is not None:
         announce("reasoning", f"{len(task.problems)} worked problems of {config.eval_data}")
     elif config.data is not None:
@@ -1366,6 +1368,7 @@ def make_students(config):
     for method in config.methods if not config.overwrite else ():
         finished, exported = out / method / "summary.json", out / method / "student" / "config.json"
         if finished.is_file() and exported.is_file():
+            load_teacher(str(exported.parent))  # says if it is damaged
             announce("student", f"{method}: finished before, in {out / method}")
             rows[method] = json.loads(finished.read_text())
     if len(rows) < len(config.methods):
@@ -1412,18 +1415,17 @@ def table_cells(row):
 def table(rows):
     """Label -> summary, as text: headings in two lines, a line for each, and a legend."""
     cells = {label: table_cells(row) for label, row in rows.items()}
-    first = rows["teacher"]
-    upper, lower = zip(*[heading.split("|") for heading in table_cells(first)])
+    upper, lower = zip(*[heading.split("|") for heading in cells["teacher"]])
     lines = [("", *upper), ("", *lower), *[(label, *row.values()) for label, row in cells.items()]]
     name, *widths = [max(map(len, column)) for column in zip(*lines)]
     text = []
     for label, *values in lines:
         padded = [value.rjust(width) for value, width in zip(values, widths)]
         text.append("  ".join([label.ljust(name), *padded]))
-    if "pairs" in first:
+    if "pairs" in rows["teacher"]:
         text.append("pairs: knowledge; steps of a chain: reasoning. chosen: the likeliest of four,")
         text.append("chance 25%; written: by the model itself (a chain ending in 0 always: 18%).")
-    if "results" in first:
+    if "results" in rows["teacher"]:
         text.append("results of the 1st, 2nd, later steps of worked problems, right if all before")
         text.append("is given: reasoning. other tokens of these solutions: general ability.")
     text.append("loss: held out, nats per token. eRank: after a block, each token at RMS 1.")
@@ -1554,8 +1556,7 @@ def fill_in(config, parser):
     if is_tiny(config):
         return
     local = files_of(config.model) or files_of(config.data)
-    if config.eval is None:
-        config.eval = "none" if local and config.eval_data is None else "steps"
+    config.eval = config.eval or ("none" if local and config.eval_data is None else "steps")
     if config.eval == "steps" and config.eval_data is None:
         config.eval_data = "openai/gsm8k:main:test"
     if config.data is None:
@@ -1569,7 +1570,7 @@ def check(config):
         flag = "--" + name.replace("_", "-")
         refuse(value == "", f"{flag} is empty; name something, or leave it out.")
         if name in ("temperature", "learning_rate"):
-            refuse(not 0 < value < math.inf, f"{flag} must be a positive number, got {value}.")
+            refuse(not 1e-9 <= value <= 1e9, f"{flag} must lie in [1e-9, 1e9], got {value}.")
         elif isinstance(value, int | float):
             wrong = not least.get(name, 0) <= value < 2**63
             refuse(wrong, f"{flag} must be a number of at least {least.get(name, 0)}, got {value}.")
@@ -1578,7 +1579,6 @@ def check(config):
             path, out = Path(value).resolve(), Path(config.out).resolve()
             inside = os.path.exists(value) and (out in (path, *path.parents) or path in out.parents)
             refuse(inside, f"--out {config.out} and {value} lie in each other; name another --out.")
-
     refuse(not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     wrong = sorted(set(config.methods) & set(METHODS)) != sorted(config.methods)
     refuse(wrong, f"--methods takes {', '.join(METHODS)}, once each; got {config.methods}.")

@@ -1269,6 +1269,10 @@ def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, ca
     assert [line.split()[0] for line in table[2:9]] == ["teacher", *METHODS]
     assert f"{results[0]['lrc']['loss']:.3f}" in table[5]
     assert len({len(line) for line in table[:9]}) == 1 and len(table[0]) <= 100
+    weights = tmp_path / "a/red/student/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    assert red.main(run_of(real, tmp_path / "a")) == 2  # finished, but damaged
+    assert "a/red/student" in capsys.readouterr().err
     finished = (tmp_path / "a/lrc/summary.json").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "a/pca/student")  # finished, but gone: made again
     assert red.main(run_of(real, tmp_path / "a", "--methods", "lrc", "pca")) == 0
@@ -1893,6 +1897,7 @@ def test_steps_shared_out_are_the_steps_of_one_process(monkeypatch):
 def bad_inputs():
     """(arguments, with {dir} for a folder of bad files; a word of the sentence), by name."""
     model = ["--model", "{dir}/teacher", "--data", "{dir}/data.txt", "--out", "{dir}/out"]
+    model += ["--seq-len", "256"]
     yield "ratio of zero", ["--ratio", "0"], "ratio"
     yield "ratio above one", ["--ratio", "1.5"], "ratio"
     yield "ratio not a number", ["--ratio", "half"], "ratio"
@@ -1904,6 +1909,8 @@ def bad_inputs():
     yield "learning rate", ["--learning-rate", "-1"], "learning-rate"
     yield "infinite learning rate", ["--learning-rate", "inf"], "learning-rate"
     yield "temperature", ["--temperature", "0"], "temperature"
+    yield "temperature whose square is no number", ["--temperature", "1e300"], "temperature"
+    yield "more than the teacher's positions", [*model, "--seq-len", "257"], "256 positions"
     yield "two temperatures", ["--temperature", "1", "2"], "2"
     yield "alpha", ["--alpha", "-0.1"], "alpha"
     yield "one calibration sample", ["--calibration-samples", "1"], "calibration-samples"
@@ -1943,6 +1950,7 @@ def bad_inputs():
     yield "no problems", [*model, "--eval-data", "{dir}/short.txt"], "<<48/2=24>>"
     for name in ("toothless", "tokenless", "oversized", "nan", "adapter", "deeper"):
         yield f"teacher {name}", [*model, "--model", "{dir}/" + name], name
+    yield "out is a link to nothing", [*model, "--out", "{dir}/dangling"], "cannot be made"
     yield "out is a file", [*model, "--out", "{dir}/data.csv"], "is a file"
     yield "out is a stranger's", [*model, "--out", "{dir}/broken", "--overwrite"], "RED"
 
@@ -1985,6 +1993,7 @@ def bad(tmp_path_factory, real):
     (folder / "nulls.jsonl").write_text('{"text": null}\n' * 30)
     (folder / "fields.jsonl").write_text('{"body": "1+1"}\n' * 30)
     (folder / "short.txt").write_text("1+1\n\n2+2")
+    (folder / "dangling").symlink_to(folder / "nowhere")
     return folder
 
 
