@@ -288,17 +288,17 @@ def calibrate(teacher, batches, hidden_size):
     """Measure the teacher on a list of batches, in one pass: a Calibration (§5)."""
     norms, aligned = modules_of(teacher, NORMS), modules_of(teacher, ALIGNED)
     half = len(batches) // 2
-    first = token_sums(teacher, batches[:half], norms + aligned, calibration_sums)
-    second = token_sums(teacher, batches[half:], norms + aligned, calibration_sums)
-    whole = {key: first[key] + second[key] for key in first}
+    front = token_sums(teacher, batches[:half], norms + aligned, calibration_sums)
+    back = token_sums(teacher, batches[half:], norms + aligned, calibration_sums)
+    whole = {key: front[key] + back[key] for key in front}
 
     bases = chosen_bases(whole, norms, hidden_size)
-    of_first = chosen_bases(first, norms, hidden_size)
-    of_second = chosen_bases(second, norms, hidden_size)
+    of_front = chosen_bases(front, norms, hidden_size)
+    of_back = chosen_bases(back, norms, hidden_size)
     moment, same, energy = whole["moment"].float().cpu(), {}, {}
     for kind, basis in bases.items():
         # The mean squared cosine between two spaces; of two selections, the share in common.
-        same[kind] = (of_first[kind].T @ of_second[kind]).square().sum().item() / hidden_size
+        same[kind] = (of_front[kind].T @ of_back[kind]).square().sum().item() / hidden_size
         energy[kind] = ((basis.T @ moment @ basis).trace() / moment.trace()).item()
 
     scales = {name: max(whole[name].item() / whole["tokens"], 1e-12) for name in aligned}
@@ -622,17 +622,17 @@ def learning_rate_at(step, config):
     return config.learning_rate * (1 - step / config.steps) * min(1.0, (step + 1) / warm_up)
 
 
-def distill(teacher, student, batches, config, scales=None, optimizer=None, first=0):
+def distill(teacher, student, batches, config, scales=None, optimizer=None, done=0):
     """Train the student in place (App. F.1). A generator: each iteration is one step.
 
-    batches: an iterator. optimizer, first: of a run that goes on after `first` steps. Yields a
+    batches: an iterator. optimizer, done: of a run that goes on after `done` steps. Yields a
     record of each step, a dict. A step that is not finite changes nothing; ten in a row raise
     FloatingPointError, batches that end ValueError. At the end student.model has the final
     weights; within the loop, call student.make_weights() before you use it.
     """
     optimizer = optimizer or torch.optim.Adam(student.parameters(), fused=True)
     failures = 0
-    for step in range(first, config.steps):
+    for step in range(done, config.steps):
         started = time.perf_counter()
         micro_batches = list(itertools.islice(batches, config.grad_accum))
         if len(micro_batches) < config.grad_accum:
@@ -670,7 +670,7 @@ TINY_TEACHER_STEPS = 1500
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
 TINY_WORDS = ["".join(random.Random(i).choices(TINY_ALPHABET[18:44], k=4)) for i in range(120)]
 TINY_PAIRS = [(f"{a}:", f"{b}\n") for a, b in zip(TINY_WORDS[::2], TINY_WORDS[1::2])]
-TINY_STEPS = (1, 2, 3, 4, 5)
+TINY_LENGTHS = (1, 2, 3, 4, 5)
 
 
 def solution(prompt, slip=None, amount=0):
@@ -688,10 +688,10 @@ def solution(prompt, slip=None, amount=0):
     return f"{';'.join(chain)}#{value}\n"
 
 
-def arithmetic_problem(steps, generator):
-    """A random problem of `steps` operations modulo 10, as (prompt, answer) text."""
+def arithmetic_problem(length, generator):
+    """A random problem of `length` operations modulo 10, as (prompt, answer) text."""
     prompt = str(generator.randrange(10))
-    for _ in range(steps):
+    for _ in range(length):
         prompt += f"{generator.choice('+-*')}{generator.randrange(10)}"
     return f"{prompt}=?", solution(f"{prompt}=?")
 
@@ -703,7 +703,7 @@ def tiny_row(seq_len, generator):
         if generator.random() < 0.25:
             prompt, answer = generator.choice(TINY_PAIRS)
         else:
-            prompt, answer = arithmetic_problem(generator.choice(TINY_STEPS), generator)
+            prompt, answer = arithmetic_problem(generator.choice(TINY_LENGTHS), generator)
         tokens = [TINY_ALPHABET.index(character) for character in prompt + answer]
         ids += tokens
         labels += [-100] * len(prompt) + tokens[len(prompt) :]
@@ -835,11 +835,11 @@ def tiny_questions(problems):
     for prompt, truth in TINY_PAIRS:
         others = [answer for _, answer in TINY_PAIRS if answer != truth]
         groups[0].append((prompt, [truth, *wrong.sample(others, 3)]))
-    for steps in TINY_STEPS:
+    for length in TINY_LENGTHS:
         groups.append([])
         for _ in range(problems):
-            prompt, truth = arithmetic_problem(steps, generator)
-            slips = [divmod(i, 9) for i in wrong.sample(range(9 * steps), 3)]
+            prompt, truth = arithmetic_problem(length, generator)
+            slips = [divmod(i, 9) for i in wrong.sample(range(9 * length), 3)]
             slipped = [solution(prompt, step, amount + 1) for step, amount in slips]
             groups[-1].append((prompt, [truth, *slipped]))
     return groups
@@ -865,8 +865,8 @@ def tiny_scores(model, tokenizer, problems=200):
 def worked_problem(row, tokenizer):
     """A `question` with a worked `answer`, as GSM8K has them, in tokens: for `step_scores`.
 
-    Of the `ids`, `first` is where the answer's begin, and `results` are (start, end) of all that
-    hold a character of a result or of the `>` after it: of `24>` in `<<48/2=24>>`.
+    Of the `ids`, `answer_at` is where the answer's begin, and `results` are (start, end) of those
+    that hold a character of a result or of the `>` after it: of `24>` in `<<48/2=24>>`.
     """
     text = document_text(row)
     prompt = text[: -len(str(row["answer"]))]
@@ -878,9 +878,9 @@ def worked_problem(row, tokenizer):
         held = [i for i, (a, b) in places if a < end and b > start >= len(prompt)]
         if held:
             results.append((held[0], held[-1] + 1))
-    first = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
+    answer_at = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
     ids, prompt = encoded["input_ids"], prompt.strip()
-    return {"prompt": prompt, "ids": ids, "first": first, "results": results}
+    return {"prompt": prompt, "ids": ids, "answer_at": answer_at, "results": results}
 
 
 @torch.no_grad()
@@ -891,10 +891,10 @@ def step_answers(model, problems):
     mask, ids = (ids >= 0).long().to(model.device), ids.clamp_min(0).to(model.device)
     answers = []
     for states, problem in zip(last_hidden(model, ids, mask), problems):
-        first, wanted = problem["first"], problem["ids"][problem["first"] :]
-        said = model.lm_head(states[first - 1 : len(problem["ids"]) - 1]).argmax(-1).tolist()
-        right = [a == b for a, b in zip(wanted, said)]
-        spans = [range(start - first, end - first) for start, end in problem["results"]]
+        answer_at, wanted = problem["answer_at"], problem["ids"]
+        said = model.lm_head(states[answer_at - 1 : len(wanted) - 1]).argmax(-1).tolist()
+        right = [a == b for a, b in zip(wanted[answer_at:], said)]
+        spans = [range(start - answer_at, end - answer_at) for start, end in problem["results"]]
         rest = sorted(set(range(len(right))).difference(*spans))
         results = [all(right[i] for i in span) for span in spans]
         answers.append((results, [right[i] for i in rest]))
@@ -908,8 +908,8 @@ def step_scores(model, problems, batch_size):
     of the answers, a measure of general ability; and `by_problem`, which results are right.
     """
     number, count = process()
-    begin, end = (len(problems) * i // count for i in (number, number + 1))  # of this process
-    mine, answers = problems[begin:end], []
+    low, high = (len(problems) * i // count for i in (number, number + 1))  # this process's part
+    mine, answers = problems[low:high], []
     for start in progress(range(0, len(mine), batch_size), "steps"):
         answers += step_answers(model, mine[start : start + batch_size])
     by_step, others, rows = [[], [], []], [], []
@@ -919,8 +919,8 @@ def step_scores(model, problems, batch_size):
         for step, right in enumerate(results):
             by_step[min(step, 2)].append(right)
     groups = [sum(by_step, []), others, *by_step]
-    everything, other, *steps = [sum(group) / max(1, len(group)) for group in groups]
-    return {"results": everything, "by_step": steps, "other_tokens": other, "by_problem": rows}
+    everything, other, *shares = [sum(group) / max(1, len(group)) for group in groups]
+    return {"results": everything, "by_step": shares, "other_tokens": other, "by_problem": rows}
 
 
 # ==== Teachers and text (App. F) ==============================================================
@@ -1070,13 +1070,13 @@ def open_task(config, name):
     if empty:
         announce("data", f"{empty:,} of the first {len(texts):,} documents are empty: left out")
     documents = documents.filter(lambda row: row["text"] != "")
-    first = max(1, min(200, (len(texts) - empty) // 10))
-    training, batches = documents.skip(first), []
-    for some, count in ((documents.take(first), 32), (training, config.calibration_samples)):
+    aside = max(1, min(200, (len(texts) - empty) // 10))
+    training, batches = documents.skip(aside), []
+    for some, count in ((documents.take(aside), 32), (training, config.calibration_samples)):
         sequences = readable(packed(some, tokenizer, 1, config.seq_len), config.data)
         batches.append(list(itertools.islice(sequences, count)))
     held_out, calibration = batches
-    short = not held_out or len(calibration) < 2 or len(texts) - empty - first < process()[1]
+    short = not held_out or len(calibration) < 2 or len(texts) - empty - aside < process()[1]
     refuse(short, f"{config.data} is too short: give more text, or a smaller --seq-len.")
     task = Task(teacher, tokenizer, calibration, held_out, training)
     if config.eval_data is not None:
@@ -1271,19 +1271,19 @@ def train_student(method, config, folder, student, task, scales):
     metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
     folder.mkdir(exist_ok=True)
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
-    first = load_checkpoint(checkpoints, student, optimizer)
-    if first == 0:
+    done = load_checkpoint(checkpoints, student, optimizer)
+    if done == 0:
         held_out = measure_model(student.model, task, config)
         records = [{"step": 0, "tokens": 0, "held_out": held_out}]
     else:  # what came after the checkpoint will come again
-        records = [json.loads(line) for line in metrics.read_text().splitlines()[: first + 1]]
+        records = [json.loads(line) for line in metrics.read_text().splitlines()[: done + 1]]
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     measure_every, save_every = config.measure_every, config.save_every
     # A run that goes on reads again up to where it was: a shuffled stream has no short cut.
-    batches = itertools.islice(training_batches(config, task), first * config.grad_accum, None)
-    steps = distill(task.teacher, student, batches, config, scales, optimizer, first)
-    bar = progress(steps, method, delay=0, initial=first, total=config.steps)
+    batches = itertools.islice(training_batches(config, task), done * config.grad_accum, None)
+    loop = distill(task.teacher, student, batches, config, scales, optimizer, done)
+    bar = progress(loop, method, delay=0, initial=done, total=config.steps)
     SIGNALS.update(wait=True)
     with open(metrics, "a") as file:
         for record in bar:
@@ -1395,8 +1395,8 @@ def table_cells(row):
     cells = {"|params": f"{row['parameters'] / 1e6:,.2f}M", "|loss": f"{row['loss']:.3f}"}
     if "pairs" in row:
         cells["pairs|chosen"] = f"{row['pairs']['chosen']:.0%}"
-        for steps, name in ((1, "1 step"), (3, "3 steps"), (5, "5 steps")):
-            cells[f"{name}|written"] = f"{row['chains']['written'][steps - 1]:.0%}"
+        for length, name in ((1, "1 step"), (3, "3 steps"), (5, "5 steps")):
+            cells[f"{name}|written"] = f"{row['chains']['written'][length - 1]:.0%}"
         cells["pairs|written"] = f"{row['pairs']['written']:.0%}"
         cells["5 steps|chosen"] = f"{row['chains']['chosen'][4]:.0%}"
     else:

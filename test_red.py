@@ -1043,7 +1043,7 @@ def test_a_result_is_right_only_if_it_ends_where_it_should():
     problem = red.worked_problem(row, tokenizer)
     ((start, end),) = problem["results"]
     assert tokenizer.convert_ids_to_tokens(problem["ids"][start:end]) == ["4", ">"]
-    first = tokenizer.convert_ids_to_tokens(problem["ids"][problem["first"] :])
+    first = tokenizer.convert_ids_to_tokens(problem["ids"][problem["answer_at"] :])
     assert "".join(first) == row["answer"]
 
 
