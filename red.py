@@ -1230,7 +1230,7 @@ def tiny_teacher_folder(config):
     settings = {"program": "red.py", "tiny_config": values, "seed": config.seed}
     open_folder(folder, settings, config.overwrite)
     if config.overwrite or not (folder / "summary.json").is_file():
-        announce("teacher", f"training one from {TINY_CONFIG.name}, {TINY_TEACHER_STEPS} steps")
+        announce("teacher", f"training one, {TINY_TEACHER_STEPS} steps, all anew if interrupted")
         begin(folder, settings, config.overwrite)
         if process()[0] == 0:
             tiny_teacher(values, config.seed).save_pretrained(folder)
@@ -1623,7 +1623,7 @@ def main(arguments=None):
         carry_out(parse_arguments(arguments))
         return 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command goes on (without --overwrite)."
+        code, text = 130, "interrupted; the same command without --overwrite goes on."
     except UserError as error:
         code, text = 2, str(error)
     except json.JSONDecodeError as error:
