@@ -26,7 +26,6 @@ import dataclasses
 import difflib
 import fcntl
 import glob
-import gzip
 import itertools
 import json
 import logging
@@ -111,7 +110,6 @@ def effective_rank(hidden):
     rows = hidden.detach().reshape(-1, hidden.shape[-1]).double()
     if not torch.isfinite(rows).all():
         raise ValueError("effective_rank needs finite values")
-    rows = rows / rows.abs().max().clamp_min(1e-300)  # so that squares cannot overflow
     # Eigenvalues of the smaller Gram matrix are squared singular values, found much faster.
     squares = torch.linalg.eigvalsh(rows @ rows.T if len(rows) < len(rows.T) else rows.T @ rows)
     rounding = squares[-1] * len(squares) * torch.finfo(torch.float64).eps
@@ -173,9 +171,9 @@ def on_device(batch, model):
     return ids.to(model.device), labels.to(model.device)
 
 
-def last_hidden(model, ids, mask=None):
+def last_hidden(model, ids):
     """A causal model's last normed hidden states, (batch, tokens, d), without any logits."""
-    return model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return model.model(ids, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
@@ -249,20 +247,14 @@ def select_channels(importance, hidden_size):
 
 
 def selection_matrix(channels, width):
-    """S in {0,1}, (width, d_s) float32: S[channels[j], j] = 1 (§5). ValueError: one is repeated."""
-    if len(set(channels.tolist())) < len(channels):
-        raise ValueError("a channel is selected twice")
+    """S in {0,1}, (width, d_s) float32: S[channels[j], j] = 1 (§5)."""
     return torch.eye(width)[:, channels.cpu()]  # S.T @ S = I: all singular values are 1 (Thm. 5.1)
 
 
 def principal_directions(moment, hidden_size):
-    """The leading eigenvectors of h h.T, (d_t, d_t) -> (d_t, d_s) float32, for `pca` [ours].
-
-    SliceGPT (arXiv 2401.15024) takes a basis a layer; here one serves all, as channels do.
-    """
-    vectors = torch.linalg.eigh(moment).eigenvectors.cpu().flip(1)[:, :hidden_size]
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return (vectors * largest.sign()).float()  # a sign that all machines agree on
+    """The leading eigenvectors of h h.T, (d_t, d_t) -> (d_t, d_s) float32, for `pca` [ours]."""
+    # SliceGPT (arXiv 2401.15024) takes a basis a layer; here one serves all, as channels do.
+    return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :hidden_size].float().cpu()
 
 
 def chosen_bases(sums, norms, hidden_size):
@@ -376,11 +368,10 @@ class ProjectedStudent:
         return {name: self.merged(name, weight) for name, weight in self.frozen.items()}
 
     def make_weights(self):
-        """Merge, let the model use the result, and clear its gradients. Once per step."""
+        """Merge, and let the model use the result. Once per step."""
         self.weights = self.merge()
         for name, parameter in self.model.named_parameters():
             parameter.data = self.weights[name].detach()
-            parameter.grad = None
 
     def carry_back(self):
         """From the gradients of the merged weights to those of the projections and gains."""
@@ -496,8 +487,8 @@ class ChunkedDistillation(torch.autograd.Function):
     logits_at_once = 2**24  # times 8 on a GPU, which needs larger matrix products
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature, count):
-        totals = torch.zeros(2, device=hidden.device)
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, temperature):
+        totals, count = torch.zeros(2, device=hidden.device), max(1, len(targets))
         size = max(1, ChunkedDistillation.logits_at_once * (8 if head.is_cuda else 1) // len(head))
         grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
         for start in range(0, len(targets), size):
@@ -518,24 +509,22 @@ class ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *unused):
         grad_hidden, grad_head = (saved.mul_(grad_loss) for saved in ctx.saved_tensors)
-        return grad_hidden, grad_head, None, None, None, None, None
+        return grad_hidden, grad_head, None, None, None, None
 
 
-def distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, temperature, count=None):
+def distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, temperature):
     """KL(teacher || student) and next-token cross-entropy (App. B).
 
     hidden (batch, tokens, d_s) and head (vocabulary, d_s) make the student's logits, and the
     teacher's likewise, d_t wide. labels: (batch, tokens); they are shifted by one here, and -100
-    is ignored. Both losses are means over the labels [ours; LRC sums KL over a sequence], or sums
-    over `count`. Returns (KL + cross-entropy, KL, cross-entropy) in nats per token, of which the
-    first carries the gradient.
+    is ignored. Both losses are means over the labels [ours; LRC sums KL over a sequence]. Returns
+    (KL + cross-entropy, KL, cross-entropy) in nats per token; the first carries the gradient.
     """
     targets = labels[:, 1:]
     labelled = targets != -100
-    count = max(1, int(labelled.sum()) if count is None else count)
     rows, teacher_rows = hidden[:, :-1][labelled], teacher_hidden[:, :-1][labelled]
     inputs = (rows, head, teacher_rows, teacher_head, targets[labelled])
-    return ChunkedDistillation.apply(*inputs, temperature, count)
+    return ChunkedDistillation.apply(*inputs, temperature)
 
 
 # ==== One step, and the loop (App. F.1) =======================================================
@@ -580,40 +569,45 @@ def student_forward(student, ids, activations, scales):
 def training_step(teacher, student, micro_batches, config, scales=None):
     """The gradients of one optimiser step, left in the student's projections and gains.
 
-    micro_batches: a list, as for `on_device`. scales: aligned module -> what its term is divided
-    by (None: nothing, as in LRC). The loss is KL + cross-entropy + alpha * alignment (App. B),
-    means over all micro-batches, and over those of all processes. Returns scalars: "loss" and its
-    terms, and the number of "tokens".
+    micro_batches: an iterable, as for `on_device`; each is read when it is needed. scales: aligned
+    module -> what its term is divided by (None: nothing, as in LRC). The loss is KL +
+    cross-entropy + alpha * alignment (App. B), where each micro-batch, also another process's,
+    counts as its labels do. Returns scalars: "loss", its terms, "tokens". ValueError: no batch.
     """
-    # 1. All losses are means over the whole step: count its labels and tokens.
-    micro_batches = [on_device(batch, teacher) for batch in micro_batches]
-    label_count = sum((labels[:, 1:] != -100).sum() for _, labels in micro_batches)
-    tokens = torch.tensor(sum(ids.numel() for ids, _ in micro_batches), device=teacher.device)
-    add_up([label_count, tokens])
-    label_count, tokens = label_count.item(), tokens.item()
-
-    # 2. Make the student's weights from the projections: once.
+    # 1. Make the student's weights from the projections: once.
     student.make_weights()
     head, teacher_head = student.model.lm_head.weight, teacher.lm_head.weight
 
-    totals = torch.zeros(4, device=head.device)
-    for ids, labels in micro_batches:
-        # 3. The teacher, then the student, compared with it module by module.
+    totals, label_count, tokens = torch.zeros(4, device=head.device), 0, 0
+    for batch in micro_batches:
+        # 2. The teacher, then the student, compared with it module by module.
+        ids, labels = on_device(batch, teacher)
         goal, activations = teacher_forward(teacher, ids)
         hidden, alignment = student_forward(student, ids, activations, scales)
-        alignment = alignment * (ids.numel() / tokens)
 
-        # 4. KL and cross-entropy, and the gradients of the student's weights.
+        # 3. KL and cross-entropy, and the gradients of the student's weights.
         inputs = (hidden, head, goal, teacher_head, labels)
-        likelihood, kl, cross_entropy = distillation_loss(*inputs, config.temperature, label_count)
+        likelihood, kl, cross_entropy = distillation_loss(*inputs, config.temperature)
         loss = likelihood + config.alpha * alignment
-        loss.backward()
-        totals = totals + torch.stack([loss, kl, cross_entropy, alignment]).detach()
+        count = int((labels[:, 1:] != -100).sum())
+        (loss * count).backward()
 
-    # 5. Carry these gradients back to the projections and gains: once.
+        totals = totals + count * torch.stack([loss, kl, cross_entropy, alignment]).detach()
+        label_count, tokens = label_count + count, tokens + ids.numel()
+    if tokens == 0:
+        raise ValueError("there is no batch for this step")
+
+    # 4. Sums become means, and are carried back to the projections and gains: once.
+    counts = torch.tensor([label_count, tokens], device=head.device)
+    add_up([totals, counts])
+    label_count, tokens = counts.clamp_min(1)
+    for parameter in (*student.model.parameters(), *student.parameters()):
+        if parameter.grad is not None:
+            parameter.grad /= label_count
     student.carry_back()
-    add_up([totals, *(parameter.grad for parameter in student.parameters())])
-    return dict(zip(("loss", "kl", "cross_entropy", "alignment"), totals)) | {"tokens": tokens}
+    add_up([parameter.grad for parameter in student.parameters()])
+    terms = zip(("loss", "kl", "cross_entropy", "alignment"), totals / label_count)
+    return dict(terms) | {"tokens": tokens}
 
 
 def learning_rate_at(step, config):
@@ -627,17 +621,14 @@ def distill(teacher, student, batches, config, scales=None, optimizer=None, done
 
     batches: an iterator. optimizer, done: of a run that goes on after `done` steps. Yields a
     record of each step, a dict. A step that is not finite changes nothing; ten in a row raise
-    FloatingPointError, batches that end ValueError. At the end student.model has the final
-    weights; within the loop, call student.make_weights() before you use it.
+    FloatingPointError, and batches that have ended ValueError. At the end student.model has the
+    final weights; within the loop, call student.make_weights() before you use it.
     """
     optimizer = optimizer or torch.optim.Adam(student.parameters(), fused=True)
     failures = 0
     for step in range(done, config.steps):
         started = time.perf_counter()
-        micro_batches = list(itertools.islice(batches, config.grad_accum))
-        if len(micro_batches) < config.grad_accum:
-            raise ValueError(f"the batches ended at step {step + 1}")
-
+        micro_batches = itertools.islice(batches, config.grad_accum)
         record = training_step(teacher, student, micro_batches, config, scales)
         record["gradient_norm"] = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         record["learning_rate"] = learning_rate_at(step, config)
@@ -813,19 +804,26 @@ def generate(model, tokenizer, prompts, new_tokens):
 
 
 @torch.no_grad()
+def answer_logits(model, problems):
+    """Yields for each problem the logits that predict its `ids` from its `answer_at` on."""
+    rows = [torch.tensor(problem["ids"]) for problem in problems]
+    # Padded on the right, where a causal model does not look: no mask is needed.
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    for states, problem in zip(last_hidden(model, padded.to(model.device)), problems):
+        yield model.lm_head(states[problem["answer_at"] - 1 : len(problem["ids"]) - 1])
+
+
 def share_chosen(model, tokenizer, questions):
     """The share of (prompt, [right answer, wrong answers]) whose right answer is likeliest (§6)."""
-    pairs = [(prompt, answer) for prompt, answers in questions for answer in answers]
-    texts = [prompt + answer for prompt, answer in pairs]
-    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-    starts = torch.tensor([len(prompt) for prompt, _ in pairs], device=model.device)
-    asked = mask.bool() & (torch.arange(ids.shape[1], device=model.device) >= starts[:, None])
-    logits = model.lm_head(last_hidden(model, ids, mask))[:, :-1].float()
-    targets = ids.masked_fill(~asked, -100)[:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-    losses = losses.sum(1).view(len(questions), -1)
-    return (losses[:, 0] < losses[:, 1:].amin(1)).double().mean().item()
+    problems, losses = [], []
+    for prompt, answers in questions:
+        rows = tokenizer([prompt + answer for answer in answers])["input_ids"]
+        problems += [{"ids": row, "answer_at": len(prompt)} for row in rows]
+    for problem, logits in zip(problems, answer_logits(model, problems)):
+        answer = torch.tensor(problem["ids"][problem["answer_at"] :], device=model.device)
+        losses.append(F.cross_entropy(logits.float(), answer, reduction="sum"))
+    losses = torch.stack(losses).view(len(questions), -1)
+    return share((losses[:, 0] < losses[:, 1:].amin(1)).tolist())
 
 
 def tiny_questions(problems):
@@ -845,6 +843,11 @@ def tiny_questions(problems):
     return groups
 
 
+def share(answers):
+    """The share of answers that are right, from 0 to 1; 0 if there are none."""
+    return sum(answers) / max(1, len(answers))
+
+
 def tiny_scores(model, tokenizer, problems=200):
     """The shares of `pairs` and, by length, `chains` that are `chosen` and `written` right (§6).
 
@@ -855,8 +858,8 @@ def tiny_scores(model, tokenizer, problems=200):
         prompts, truths = [prompt for prompt, _ in group], [answers[0] for _, answers in group]
         chosen.append(share_chosen(model, tokenizer, group))
         answers = generate(model, tokenizer, prompts, max(map(len, truths)))
-        ends = [[text.strip().rpartition("#")[1:] for text in texts] for texts in (answers, truths)]
-        written.append(sum(map(tuple.__eq__, *ends)) / len(group))
+        ends = [[text.strip().split("#")[-1] for text in texts] for texts in (answers, truths)]
+        written.append(share([said == true for said, true in zip(*ends)]))
     scores = {"pairs": {"chosen": chosen[0], "written": written[0]}}
     scores["chains"] = {"chosen": chosen[1:], "written": written[1:]}
     return scores | {"example": {"prompt": prompts[0], "answer": answers[0].strip()}}
@@ -883,18 +886,13 @@ def worked_problem(row, tokenizer):
     return {"prompt": prompt, "ids": ids, "answer_at": answer_at, "results": results}
 
 
-@torch.no_grad()
 def step_answers(model, problems):
     """For each problem: for each of its results, and for each other token: is it right? (lists)."""
-    rows = [torch.tensor(problem["ids"]) for problem in problems]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    mask, ids = (ids >= 0).long().to(model.device), ids.clamp_min(0).to(model.device)
     answers = []
-    for states, problem in zip(last_hidden(model, ids, mask), problems):
-        answer_at, wanted = problem["answer_at"], problem["ids"]
-        said = model.lm_head(states[answer_at - 1 : len(wanted) - 1]).argmax(-1).tolist()
-        right = [a == b for a, b in zip(wanted[answer_at:], said)]
-        spans = [range(start - answer_at, end - answer_at) for start, end in problem["results"]]
+    for problem, logits in zip(problems, answer_logits(model, problems)):
+        start, said = problem["answer_at"], logits.argmax(-1).tolist()
+        right = [a == b for a, b in zip(problem["ids"][start:], said, strict=True)]
+        spans = [range(first - start, end - start) for first, end in problem["results"]]
         rest = sorted(set(range(len(right))).difference(*spans))
         results = [all(right[i] for i in span) for span in spans]
         answers.append((results, [right[i] for i in rest]))
@@ -918,9 +916,8 @@ def step_scores(model, problems, batch_size):
         others += rest
         for step, right in enumerate(results):
             by_step[min(step, 2)].append(right)
-    groups = [sum(by_step, []), others, *by_step]
-    everything, other, *shares = [sum(group) / max(1, len(group)) for group in groups]
-    return {"results": everything, "by_step": shares, "other_tokens": other, "by_problem": rows}
+    scores = {"results": share(sum(by_step, [])), "by_step": [share(step) for step in by_step]}
+    return scores | {"other_tokens": share(others), "by_problem": rows}
 
 
 # ==== Teachers and text (App. F) ==============================================================
@@ -944,9 +941,10 @@ class Task:
 
 def load_teacher(name):
     """A frozen teacher and its tokenizer, a folder's or the hub's (§3). UserError: of no use."""
-    advice = "pass a folder with config.json, all weights and tokenizer, or a hub model in reach."
+    advice = "pass a folder with config, safetensors and tokenizer, or a hub model in reach."
     with as_user_error(f"cannot load {name!r} ({{}}); {advice}"):
         config = AutoConfig.from_pretrained(name)
+        config.return_dict, config.output_attentions = True, False
         kind, quantised = config.model_type, getattr(config, "quantization_config", None)
         refuse(kind not in FAMILIES, f"{name} is {kind!r}; supported: {', '.join(FAMILIES)}.")
         refuse(quantised, f"{name} is quantised; pass the full-precision checkpoint behind it.")
@@ -955,6 +953,7 @@ def load_teacher(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         options = {"config": config, "dtype": dtype, "output_loading_info": True}
+        options["use_safetensors"] = True  # nothing is unpickled
         teacher, loading = AutoModelForCausalLM.from_pretrained(name, **options)
 
     for problem in ("missing", "unexpected"):
@@ -974,7 +973,7 @@ def load_teacher(name):
 def open_documents(source, flag):
     """A streaming dataset whose rows have a `text`, "" where it is null. UserError: unreadable.
 
-    source: a file (or its .gz), a pattern of files, a folder, or of the hub NAME[:CONFIG[:SPLIT]].
+    source: a file, a pattern of files, a folder, or of the hub NAME[:CONFIG[:SPLIT]].
     """
     import datasets  # here, because it takes seconds and the tiny world needs none of it
 
@@ -982,14 +981,13 @@ def open_documents(source, flag):
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors become our one sentence
     advice = f"pass {flag} a .txt, .jsonl or .parquet file, or a hub dataset in reach."
     files, options = files_of(source), {"path": source, "split": "train"}
-    reader = READERS_OF.get(Path(source.removesuffix(".gz")).suffix)
+    reader = READERS_OF.get(Path(source).suffix)
     with as_user_error(f"cannot read the data {source!r} ({{}}); {advice}"):
         if os.path.isfile(source) or reader and not os.path.isdir(source):
             usable = reader and files and all(path.stat().st_size > 0 for path in files)
             refuse(not usable, f"{source} is no file with text; {advice}")
             options |= {"path": reader, "data_files": [glob.escape(str(path)) for path in files]}
-            see = gzip.open if files[0].suffix == ".gz" else open
-            if reader == "text" and re.search(rb"\n\r?\n\s*\S", see(files[0], "rb").read(10**6)):
+            if reader == "text" and re.search(rb"\n\r?\n\s*\S", open(files[0], "rb").read(10**6)):
                 options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
         elif not files:
             options |= dict(zip(("path", "name", "split"), source.split(":")))
@@ -1079,7 +1077,7 @@ def open_task(config, name):
     short = not held_out or len(calibration) < 2 or len(texts) - empty - aside < process()[1]
     refuse(short, f"{config.data} is too short: give more text, or a smaller --seq-len.")
     task = Task(teacher, tokenizer, calibration, held_out, training)
-    if config.eval_data is not None:
+    if config.eval != "none" and config.eval_data is not None:
         rows = readable(open_documents(config.eval_data, "--eval-data"), config.eval_data)
         rows = [row for row in itertools.islice(rows, config.eval_problems) if row.get("answer")]
         task.problems = [worked_problem(row, tokenizer) for row in rows]
@@ -1095,6 +1093,7 @@ def open_task(config, name):
 
 RUN_FILES = "summary.json teacher.json problems.jsonl student checkpoints metrics.jsonl".split()
 NOT_IDENTITY = ("out", "overwrite", "save_every", "measure_every", "methods")
+DAMAGED = "is damaged ({}); start anew with --overwrite."
 LOCKS = []  # folders that are this process's until it ends, however that is
 
 
@@ -1153,10 +1152,11 @@ def begin(folder, settings, overwrite=False):
             with as_user_error(f"another command is at work in {folder}; name another --out."):
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS.append(str(folder))
-        ours = [path for path in folder.iterdir() if path.name in METHODS]
-        for path in [path / name for name in RUN_FILES * overwrite for path in (folder, *ours)]:
-            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file or a link
-            path.unlink(missing_ok=True)
+        if overwrite:  # the summaries first: without one, nothing passes for finished
+            for file, method in itertools.product(RUN_FILES, ("", *METHODS)):
+                path = folder / method / file
+                shutil.rmtree(path, ignore_errors=True)  # does nothing to a file or a link
+                path.unlink(missing_ok=True)
         write(folder / "settings.json", settings)
     gather()
 
@@ -1179,9 +1179,8 @@ def load_checkpoint(folder, student, optimizer):
     paths = gather(sorted(folder.glob("step-*.pt")))[0]  # the first process chooses for all
     if not paths:
         return 0
-    advice = "delete it to go on from the one before"
-    with as_user_error(f"{paths[-1]} is damaged ({{}}); {advice}."):
-        refuse(zipfile.ZipFile(paths[-1]).testzip(), f"{paths[-1]} is damaged: {advice}.")
+    with as_user_error(f"{paths[-1]} is damaged ({{}}); delete it to go on from the one before."):
+        refuse(zipfile.ZipFile(paths[-1]).testzip(), f"{paths[-1]} is damaged; delete it.")
         state = torch.load(paths[-1], map_location="cpu", weights_only=True)  # runs no code of it
         for parameter, saved in zip(student.parameters(), state["student"], strict=True):
             parameter.data.copy_(saved)
@@ -1201,7 +1200,7 @@ def student_config(teacher_config, hidden_size, untie=False):
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
-    values |= {"hidden_size": hidden_size, "tie_word_embeddings": tied, "output_attentions": False}
+    values |= {"hidden_size": hidden_size, "tie_word_embeddings": tied}
     return type(teacher_config)(**values)
 
 
@@ -1276,7 +1275,9 @@ def train_student(method, config, folder, student, task, scales):
         held_out = measure_model(student.model, task, config)
         records = [{"step": 0, "tokens": 0, "held_out": held_out}]
     else:  # what came after the checkpoint will come again
-        records = [json.loads(line) for line in metrics.read_text().splitlines()[: done + 1]]
+        with as_user_error(f"{metrics} {DAMAGED}"):
+            records = [json.loads(line) for line in metrics.read_text().splitlines()[: done + 1]]
+            refuse(records[done]["step"] != done, f"{metrics} lacks steps; use --overwrite.")
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     measure_every, save_every = config.measure_every, config.save_every
@@ -1296,8 +1297,7 @@ def train_student(method, config, folder, student, task, scales):
                 record["held_out"] = measure_model(student.model, task, config)
             records.append(record)
             if process()[0] == 0:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                print(json.dumps(record), file=file, flush=True)
             stopping = any(gather(SIGNALS["came"]))  # all processes stop together
             if stopping or save_every and (step % save_every == 0 or step == config.steps):
                 save_checkpoint(checkpoints, step, student, optimizer)
@@ -1370,7 +1370,9 @@ def make_students(config):
         if finished.is_file() and exported.is_file():
             load_teacher(str(exported.parent))  # says if it is damaged
             announce("student", f"{method}: finished before, in {out / method}")
-            rows[method] = json.loads(finished.read_text())
+            with as_user_error(f"{finished} {DAMAGED}"):
+                rows[method] = json.loads(finished.read_text())
+                table(rows | {"teacher": rows[method]["teacher"]})
     if len(rows) < len(config.methods):
         task, calibration = set_up(config)
         # No student is made or replaced before the input is known to be good.
@@ -1378,7 +1380,9 @@ def make_students(config):
         kept = out / "teacher.json"
         if not kept.is_file():
             write(kept, measure_model(task.teacher, task, config, out))
-        teacher_row = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
+        with as_user_error(f"{kept} {DAMAGED}"):
+            teacher_row = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
+            table({"teacher": teacher_row})
         for method in config.methods:
             if method not in rows:
                 rows[method] = make_student(method, config, task, calibration, teacher_row)
@@ -1402,9 +1406,9 @@ def table_cells(row):
     else:
         cells["per-|plexity"] = f"{row['perplexity']:.4g}"
     if "results" in row:
-        shares = zip(("|1st", "|2nd", "|3rd+"), row["by_step"])
         cells["results|right"] = f"{row['results']:.0%}"
-        cells |= {heading: f"{share:.0%}" for heading, share in shares}
+        for heading, right in zip(("|1st", "|2nd", "|3rd+"), row["by_step"]):
+            cells[heading] = f"{right:.0%}"
         cells["other|tokens"] = f"{row['other_tokens']:.0%}"
     blocks = len(row["erank"])
     for block in sorted({1, (blocks + 1) // 2, blocks}):
@@ -1559,8 +1563,7 @@ def fill_in(config, parser):
     config.eval = config.eval or ("none" if local and config.eval_data is None else "steps")
     if config.eval == "steps" and config.eval_data is None:
         config.eval_data = "openai/gsm8k:main:test"
-    if config.data is None:
-        config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
+    config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 
 def check(config):
@@ -1584,7 +1587,6 @@ def check(config):
     refuse(wrong, f"--methods takes {', '.join(METHODS)}, once each; got {config.methods}.")
     wanted = config.eval == "steps" or config.eval_data is not None
     refuse(wanted and is_tiny(config), "--eval is not for the tiny world: its questions are fixed.")
-    refuse(wanted and config.eval == "none", "--eval none and --eval-data contradict each other.")
     trained = {config.data, *files_of(config.data)} - {None}
     seen = trained & {config.eval_data, *files_of(config.eval_data)}
     refuse(seen, "--eval-data is part of --data, and would be trained on; name another.")
@@ -1626,13 +1628,11 @@ def main(arguments=None):
         code, text = 130, "interrupted; the same command without --overwrite goes on."
     except UserError as error:
         code, text = 2, str(error)
-    except json.JSONDecodeError as error:
-        code, text = 2, f"a file in --out is damaged ({error}); start anew with --overwrite."
     except FloatingPointError as error:
         code, text = 1, f"{error}."
     except (OSError, safetensors.SafetensorError, RuntimeError) as error:
         code, text = 1, textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
-        text += "; what was saved is kept, the same command goes on."
+        text += "; once that is mended, the same command goes on."
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             text = "out of memory; try a smaller --batch-size or --seq-len."
         elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):

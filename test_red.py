@@ -7,7 +7,6 @@ What is expected is written out here by hand: no oracle takes a name or a formul
 
 import contextlib
 import functools
-import gzip
 import itertools
 import json
 import math
@@ -234,8 +233,6 @@ def test_selection():
     for wrong in (0, 5):
         with pytest.raises(ValueError):
             red.select_channels(torch.ones(4), wrong)
-    with pytest.raises(ValueError):
-        red.selection_matrix(torch.tensor([1, 1]), 4)
 
 
 def moment_by_hand(teacher, batches):
@@ -265,7 +262,6 @@ def test_the_directions_of_pca_are_the_leading_eigenvectors_of_the_stream():
     kept = red.select_channels(calibration.importance, 16)
     share = moment.diagonal()[kept].sum() / moment.trace()
     assert calibration.energy["channels"] == pytest.approx(share.item(), rel=1e-5)
-    assert (basis.gather(0, basis.abs().argmax(0)[None]) > 0).all()  # the sign is settled
 
 
 def test_agreement_is_that_of_what_two_halves_choose():
@@ -513,10 +509,6 @@ def test_distillation_loss_and_its_gradient(temperature, chunk, monkeypatch):
     expected = losses_by_hand(*tensors, labels, temperature)
     torch.testing.assert_close((kl, cross_entropy), tuple(term.detach() for term in expected))
     torch.testing.assert_close(loss, kl + cross_entropy)
-    halved = red.distillation_loss(
-        *tensors, labels, temperature, 2 * int((labels[:, 1:] >= 0).sum())
-    )
-    torch.testing.assert_close(2 * halved[1], kl)
     got = torch.autograd.grad(3 * loss, (hidden, head))
     torch.testing.assert_close(got, torch.autograd.grad(3 * sum(expected), (hidden, head)))
 
@@ -670,24 +662,56 @@ def test_the_steps_gradients_are_those_of_the_formulas(family, method, relative)
     assert totals["tokens"] == 36
     gradients = torch.autograd.grad(expected["loss"], student.parameters())
     for gradient, wanted in zip(got, gradients, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-8, atol=1e-10)
+        # The norms of transformers compute in float32, whatever comes in.
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-7)
+
+
+def step_of(teacher, student, batches, config, scales):
+    """The losses and gradients of one step, as floats and tensors."""
+    totals = red.training_step(teacher, student, batches, config, scales)
+    gradients = [parameter.grad.clone() for parameter in student.parameters()]
+    for parameter in student.parameters():
+        parameter.grad = None
+    return {name: float(value) for name, value in totals.items()}, gradients
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch():
     teacher = make_teacher(dtype=torch.float64)
     student, calibration = make_student(teacher)
     whole = make_batch(6)
-    whole["labels"][0, :9] = -100  # so that the mean of means would be wrong
     parts = [{key: value[i:j] for key, value in whole.items()} for i, j in ((0, 1), (1, 4), (4, 6))]
-    gradients, losses = [], []
-    for batches in ([whole], parts):
-        totals = red.training_step(teacher, student, batches, config_of(), calibration.scales)
-        losses.append({name: float(value) for name, value in totals.items()})
-        gradients.append([parameter.grad.clone() for parameter in student.parameters()])
-        for parameter in student.parameters():
-            parameter.grad = None
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    one, of_one = step_of(teacher, student, [whole], config_of(), calibration.scales)
+    many, of_many = step_of(teacher, student, parts, config_of(), calibration.scales)
+    assert one == pytest.approx(many, rel=1e-6) and one["tokens"] == 72
+    torch.testing.assert_close(of_one, of_many, rtol=1e-5, atol=1e-7)
+
+
+def test_a_micro_batch_counts_as_its_labels_do():
+    """So the mean is one over labels; the mean of the parts' means would be another."""
+    teacher = make_teacher(dtype=torch.float64)
+    student, calibration = make_student(teacher)
+    parts, config = uneven_batches(), config_of(alpha=0.3)
+    labels = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+    single = [step_of(teacher, student, [part], config, calibration.scales) for part in parts]
+    losses, gradients = step_of(teacher, student, iter(parts), config, calibration.scales)
+    for name in ("loss", "kl", "cross_entropy", "alignment"):
+        expected = sum(n * terms[name] for n, (terms, _) in zip(labels, single)) / sum(labels)
+        assert losses[name] == pytest.approx(expected, rel=1e-6)
+        assert abs(losses[name] - sum(terms[name] for terms, _ in single) / 4) > 1e-4
+    for i, gradient in enumerate(gradients):
+        expected = sum(n * parts[i] for n, (_, parts) in zip(labels, single)) / sum(labels)
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_micro_batch_is_read_before_it_is_needed(monkeypatch):
+    teacher = make_teacher()
+    student, _ = make_student(teacher)
+    read, seen, honest = [], [], red.teacher_forward
+    batches = (read.append(seed) or make_batch(seed=seed) for seed in itertools.count())
+    look = lambda *inputs: seen.append(len(read)) or honest(*inputs)  # noqa: E731
+    monkeypatch.setattr(red, "teacher_forward", look)
+    next(red.distill(teacher, student, batches, config_of(steps=2, grad_accum=5)))
+    assert seen == [1, 2, 3, 4, 5]
 
 
 def test_learning_rate_warms_up_over_half_a_percent_and_decays_to_nothing():
@@ -761,7 +785,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_in_a_row_end_the_run(monk
 def test_batches_that_end_early_are_no_training():
     teacher = make_teacher()
     student, _ = make_student(teacher)
-    with pytest.raises(ValueError, match="ended"):
+    with pytest.raises(ValueError, match="no batch"):
         train(teacher, student, [make_batch()], config_of(steps=3))
 
 
@@ -1131,11 +1155,6 @@ def test_held_out_text_is_neither_trained_nor_calibrated_on(real):
     assert text_of(again) == trained
 
 
-def write_gzip(path, text):
-    with gzip.open(path, "wt") as file:
-        file.write(text)
-
-
 def test_data_as_people_have_it(tmp_path):
     """Each with the texts that are in it; null is an empty text, and a name is no pattern."""
     rows = [{"text": "one"}, {"text": None}, {"text": "three"}]
@@ -1144,16 +1163,13 @@ def test_data_as_people_have_it(tmp_path):
     (tmp_path / "lines.txt").write_text("one\ntwo\nthree\n")
     (tmp_path / "rows.jsonl").write_text(lines)
     (tmp_path / "array.json").write_text(json.dumps(rows))
-    write_gzip(tmp_path / "packed.jsonl.gz", lines)
     (tmp_path / "a[1].jsonl").write_text(json.dumps({"text": "right"}))
     (tmp_path / "a1.jsonl").write_text(json.dumps({"text": "wrong"}))
     (tmp_path / "many").mkdir()
     (tmp_path / "many/x.jsonl").write_text(json.dumps({"text": "x"}))
     (tmp_path / "many/y.jsonl").write_text(json.dumps({"text": "y"}))
     wanted = {"blank.txt": ["one\nand a half", "two"], "lines.txt": ["one", "two", "three"]}
-    wanted |= dict.fromkeys(["rows.jsonl", "array.json", "packed.jsonl.gz"], ["one", "", "three"])
-    write_gzip(tmp_path / "packed.txt.gz", "one\r\nand\r\n\r\ntwo\n" + "long " * 99)
-    wanted["packed.txt.gz"] = ["one\nand", "two\n" + ("long " * 99).strip()]
+    wanted |= dict.fromkeys(["rows.jsonl", "array.json"], ["one", "", "three"])
     wanted |= {"a[1].jsonl": ["right"], "many": ["x", "y"], "many/*.jsonl": ["x", "y"]}
     for name, expected in wanted.items():
         documents = red.open_documents(str(tmp_path / name), "--data")
@@ -1506,6 +1522,35 @@ def test_a_token_whose_embedding_is_zero_is_no_trouble(real, tmp_path):
     for method in ("red", "pca"):
         assert red.main(run_of(tmp_path, tmp_path / method, "--methods", method)) == 0
         assert math.isfinite(summary_of(tmp_path / method)[method]["loss"])
+
+
+def test_a_teachers_output_settings_are_no_trouble(real, tmp_path):
+    """They are part of a checkpoint's config, and change what its forward returns."""
+    shutil.copytree(real / "teacher", tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher/config.json").read_text())
+    config |= {"return_dict": False, "output_hidden_states": True, "output_attentions": True}
+    (tmp_path / "teacher/config.json").write_text(json.dumps(config))
+    changed = ["--model", str(tmp_path / "teacher")]
+    assert red.main(run_of(real, tmp_path / "changed", *changed)) == 0
+    assert red.main(run_of(real, tmp_path / "plain")) == 0
+    losses = [summary_of(tmp_path / name)["red"]["loss"] for name in ("changed", "plain")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", "[1]\n"])
+@pytest.mark.parametrize("name", ["lrc/summary.json", "lrc/metrics.jsonl", "teacher.json"])
+def test_a_damaged_result_is_named_and_nothing_is_lost(
+    uninterrupted, tmp_path, name, content, capsys
+):
+    words, whole = uninterrupted
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out/lrc/summary.json").unlink()
+    (tmp_path / "out" / name).write_text(content)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.pt")}
+    assert red.main([*words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"out/{name} " in said and "--overwrite" in said and "Traceback" not in said
+    assert len(before) == 2 and before == {path: path.read_bytes() for path in before}
 
 
 def test_a_bad_teacher_harms_no_finished_run(real, tmp_path, capsys):
@@ -1930,7 +1975,6 @@ def bad_inputs():
     yield "an evaluation of nothing", [*model, "--eval-problems", "0"], "eval-problems"
     given = ["--eval-data", "{dir}/broken/../data.txt"]
     yield "problems that are trained on", [*model, *given], "trained on"
-    yield "problems for nothing", [*model, "--eval", "none", *given], "contradict"
     yield "no folder", ["--model", "{dir}/nothing"], "nothing"
     yield "hub out of reach", ["--model", "nobody/nothing"], "nobody/nothing"
     yield "folder without config", ["--model", "{dir}"], "config.json"
@@ -1938,17 +1982,17 @@ def bad_inputs():
     yield "mixture of experts", ["--model", "{dir}/mixtral"], "mixtral"
     yield "quantised model", ["--model", "{dir}/quantised"], "quantised"
     yield "broken config", ["--model", "{dir}/broken"], "config"
-    yield "truncated weights", [*model, "--model", "{dir}/truncated"], "weights"
-    yield "no weights", [*model, "--model", "{dir}/weightless"], "weights"
+    yield "truncated weights", [*model, "--model", "{dir}/truncated"], "truncated"
+    yield "no weights", [*model, "--model", "{dir}/weightless"], "model.safetensors"
     sources = {"missing.txt": "no file", "empty.txt": "empty", "binary.txt": "binary.txt"}
     sources |= {"broken.jsonl": "broken.jsonl", "broken.parquet": "broken.parquet"}
     sources |= {"fields.jsonl": "body", "short.txt": "short", "data.csv": ".jsonl"}
-    sources |= {"numbers.jsonl": "row 1", "nulls.jsonl": "short"}
+    sources |= {"numbers.jsonl": "row 1", "nulls.jsonl": "short", "packed.jsonl.gz": "no file"}
     for name, word in sources.items():
         yield f"data {name}", [*model, "--data", "{dir}/" + name], word
     yield "data out of reach", [*model, "--data", "nobody/nothing"], "--data"
     yield "no problems", [*model, "--eval-data", "{dir}/short.txt"], "<<48/2=24>>"
-    for name in ("toothless", "tokenless", "oversized", "nan", "adapter", "deeper"):
+    for name in ("toothless", "tokenless", "oversized", "nan", "adapter", "deeper", "pickled"):
         yield f"teacher {name}", [*model, "--model", "{dir}/" + name], name
     yield "out is a link to nothing", [*model, "--out", "{dir}/dangling"], "cannot be made"
     yield "out is a file", [*model, "--out", "{dir}/data.csv"], "is a file"
@@ -1959,11 +2003,14 @@ def bad_inputs():
 def bad(tmp_path_factory, real):
     folder = tmp_path_factory.mktemp("bad")
     names = ["teacher", "truncated", "weightless", "tokenless", "toothless", "oversized", "nan"]
-    for name in (*names, "adapter", "deeper"):
+    for name in (*names, "adapter", "deeper", "pickled"):
         shutil.copytree(real / "teacher", folder / name)
     weights = folder / "truncated/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     (folder / "weightless/model.safetensors").unlink()
+    weights = folder / "pickled/pytorch_model.bin"
+    edit_weights(folder / "pickled", lambda tensors: torch.save(tensors, weights))
+    (folder / "pickled/model.safetensors").unlink()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "tokenless" / name).unlink()
     vocabulary = json.loads((folder / "teacher/tokenizer.json").read_text())
@@ -1992,6 +2039,7 @@ def bad(tmp_path_factory, real):
     (folder / "numbers.jsonl").write_text('{"text": 123}\n' * 30)
     (folder / "nulls.jsonl").write_text('{"text": null}\n' * 30)
     (folder / "fields.jsonl").write_text('{"body": "1+1"}\n' * 30)
+    (folder / "packed.jsonl.gz").write_bytes(b"1+1")
     (folder / "short.txt").write_text("1+1\n\n2+2")
     (folder / "dangling").symlink_to(folder / "nowhere")
     return folder
