@@ -11,7 +11,7 @@ Language Models via Activation-aware Initialization", ICML 2026, arXiv 2605.2932
       merge              the student's weights are made from the projections,
       alignment_loss     its activations are compared with the teacher's (App. B),
       distillation_loss  and its predictions, by KL and cross-entropy (App. B)
-    make_student       the merged student is an ordinary checkpoint, only narrower (App. C)
+    save_pretrained    the merged student is an ordinary checkpoint, only narrower (App. C)
     measure_model      held-out loss, effective rank, reasoning (§4, §6)
 
     python red.py                                          the tiny world, nothing to download
@@ -42,7 +42,7 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-import safetensors
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -76,29 +76,29 @@ class Config:
 
     model: str | None = setting(None, "teacher: a folder or hub name; without it, the tiny world")
     ratio: float = setting(0.5, "width of a student as a share of the teacher's")
-    methods: list[str] = setting(["red"], "one or more of those below")
+    methods: list[str] = setting(["red"], "one or more of the methods below")
     data: str | None = setting(None, "text to train on; unset: FineWeb-Edu, or the tiny world's")
-    calibration_samples: int = setting(15, "sequences of --data to calibrate on")
+    calibration_samples: int = setting(15, "sequences to calibrate on, from --data [ours]")
     seq_len: int = setting(512, "tokens per sequence")
     steps: int = setting(1000, "optimiser steps; 0: export and measure the start")
     batch_size: int = setting(8, "sequences per micro-batch and process")
     grad_accum: int = setting(1, "micro-batches per optimiser step and process")
     learning_rate: float = setting(3e-4, "Adam's learning rate, at its peak")
-    temperature: float = setting(1.0, "that softens both distributions of KL")
+    temperature: float = setting(1.0, "softens both distributions in KL")
     alpha: float = setting(0.2, "weight of the alignment loss")
     seed: int = setting(0, "seed of everything random")
-    eval: Literal["steps", "none"] | None = setting(None, "unset: steps, if all is from the hub")
+    eval: Literal["steps", "none"] | None = setting(None, "unset: steps if nothing is local")
     eval_data: str | None = setting(None, "worked problems; unset: the test set of GSM8K")
-    eval_problems: int = setting(200, "how many of --eval-data's to measure")
-    measure_every: int = setting(250, "steps between measures in training; 0: at its start only")
-    out: str | None = setting(None, "folder for the results; unset: runs/ and what is not default")
+    eval_problems: int = setting(200, "how many of --eval-data's problems to measure")
+    measure_every: int = setting(250, "steps between measurements; 0: at the start only")
+    out: str | None = setting(None, "results folder; unset: runs/, named by non-default settings")
     save_every: int = setting(250, "steps between checkpoints; 0: on a signal only")
-    overwrite: bool = setting(False, "replace an earlier run's results in --out")
+    overwrite: bool = setting(False, "replace earlier results in --out, and the tiny teacher")
 
 
 # ==== Effective rank (§4) =====================================================================
-# Hidden states of low effective rank are hard to tell apart, and a chain of reasoning that has to
-# tell its steps apart breaks first. To copy it: torch.
+# The paper's account: hidden states of low effective rank are hard to tell apart, so a chain of
+# reasoning, which must keep its steps apart, breaks first. To copy it: torch.
 
 
 def effective_rank(hidden):
@@ -209,8 +209,8 @@ def token_sums(model, batches, names, measure):
 def calibration_sums(name, before, after):
     """What one module adds to `token_sums` in the pass of calibration: a dict.
 
-    Of a norm layer the sums over tokens of y and y**2 of its output y, (2, d_t), and of h h.T for
-    the stream h, each token at RMS 1, all norms in one; else the output's mean square.
+    Of a norm layer: the sums over tokens of its output y and of y**2, (2, d_t), and of h h.T for
+    the stream h, each token at RMS 1, all norms in one. Else: the sum of the output's mean square.
     """
     if not name.endswith(NORMS):
         return {name: after.square().mean(-1).sum()}
@@ -252,8 +252,7 @@ def selection_matrix(channels, width):
 
 
 def principal_directions(moment, hidden_size):
-    """The leading eigenvectors of h h.T, (d_t, d_t) -> (d_t, d_s) float32, for `pca` [ours]."""
-    # SliceGPT (arXiv 2401.15024) takes a basis a layer; here one serves all, as channels do.
+    """The leading eigenvectors of a sum of h h.T, (d_t, d_t) -> (d_t, d_s), for `pca` [ours]."""
     return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :hidden_size].float().cpu()
 
 
@@ -273,11 +272,11 @@ class Calibration:
     bases: dict  # "channels" and "directions": see `chosen_bases`
     agreement: dict  # of each basis between two halves of the samples: from d_s / d_t (chance) to 1
     energy: dict  # the share of the stream's energy that each basis keeps
-    scales: dict  # aligned module -> mean square of its output
+    scales: dict  # aligned module -> mean square of its output, to divide its loss by [ours]
 
 
 def calibrate(teacher, batches, hidden_size):
-    """Measure the teacher on a list of batches, in one pass: a Calibration (§5)."""
+    """Measure the teacher on a list of two or more batches, each once: a Calibration (§5)."""
     norms, aligned = modules_of(teacher, NORMS), modules_of(teacher, ALIGNED)
     half = len(batches) // 2
     front = token_sums(teacher, batches[:half], norms + aligned, calibration_sums)
@@ -287,22 +286,23 @@ def calibrate(teacher, batches, hidden_size):
     bases = chosen_bases(whole, norms, hidden_size)
     of_front = chosen_bases(front, norms, hidden_size)
     of_back = chosen_bases(back, norms, hidden_size)
-    moment, same, energy = whole["moment"].float().cpu(), {}, {}
+    moment = whole["moment"].float().cpu()
+    agreement, energy = {}, {}
     for kind, basis in bases.items():
         # The mean squared cosine between two spaces; of two selections, the share in common.
-        same[kind] = (of_front[kind].T @ of_back[kind]).square().sum().item() / hidden_size
+        agreement[kind] = (of_front[kind].T @ of_back[kind]).square().sum().item() / hidden_size
         energy[kind] = ((basis.T @ moment @ basis).trace() / moment.trace()).item()
 
     scales = {name: max(whole[name].item() / whole["tokens"], 1e-12) for name in aligned}
     scores = channel_importance(whole, norms).cpu()
-    return Calibration(batches, scores, bases, same, energy, scales)
+    return Calibration(batches, scores, bases, agreement, energy, scales)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
 # The student is an ordinary, narrower model. Its weights are W @ P where a matrix reads the stream
 # and P.T @ W where it writes to it, made once per step; gradients are carried back to P once.
 # Selections take the norms' gains along. Rotations cannot: gains become part of the matrices that
-# read, W @ diag(gain) @ P, and a tied head is untied, for the embedding reads no norm [ours].
+# read, W @ diag(gain) @ P, and a tied head is untied, as the embedding follows no norm [ours].
 # To copy it: torch and the sections above.
 
 ROTATIONS = ("pca", "orthogonal", "shared-orthogonal")
@@ -320,8 +320,8 @@ class ProjectedStudent:
 
     def __init__(self, teacher, model, projections, gains, fold=False):
         self.teacher, self.model, self.fold = teacher, model, fold
-        self.projections = {name: self.trained(start) for name, start in projections.items()}
-        self.gains = {name: self.trained(start) for name, start in gains.items()}
+        self.projections = {name: self.trainable(start) for name, start in projections.items()}
+        self.gains = {name: self.trainable(start) for name, start in gains.items()}
 
         # The teacher's weights by the student's names: a tied head has none of its own.
         self.frozen = {name: weight.detach() for name, weight in teacher.named_parameters()}
@@ -338,7 +338,7 @@ class ProjectedStudent:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.weights[name].requires_grad)
 
-    def trained(self, start):
+    def trainable(self, start):
         """A parameter, float32 or better, that starts as a copy: many names may share a start."""
         precise = torch.promote_types(self.teacher.dtype, torch.float32)
         return torch.nn.Parameter(start.to(self.teacher.device, precise).clone().contiguous())
@@ -375,9 +375,8 @@ class ProjectedStudent:
 
     def carry_back(self):
         """From the gradients of the merged weights to those of the projections and gains."""
-        learned = [(n, p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
-        weights = [self.weights[name] for name, _ in learned]
-        torch.autograd.backward(weights, [gradient for _, gradient in learned])
+        grads = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        torch.autograd.backward([self.weights[name] for name in grads], list(grads.values()))
         self.model.zero_grad()
         self.weights = None
 
@@ -403,8 +402,8 @@ def initial_projection(method, calibration, generator):
 def initial_gains(method, teacher, basis, batches):
     """Where the norm gains start, if all projections start as `basis`: name -> (d_s,) [ours].
 
-    Kept channels keep the teacher's gains, rotations start at 1; both times the mean over tokens
-    of rms(h @ basis) / rms(h), because a student divides by the RMS of what it keeps of h.
+    Kept channels keep the teacher's gains, rotations start at 1; either is multiplied by the mean
+    of rms(h @ basis) / rms(h), as the student divides by the RMS of only what it keeps of h.
     """
 
     def kept_rms(name, before, after):
@@ -417,9 +416,8 @@ def initial_gains(method, teacher, basis, batches):
     gains = {}
     for name in norms:
         gain = teacher.get_submodule(name).weight.detach().float().cpu() @ basis
-        if method in ROTATIONS:
-            gain = torch.ones_like(gain)
-        gains[name] = gain * (sums[name] / sums["tokens"]).item()
+        start = torch.ones_like(gain) if method in ROTATIONS else gain
+        gains[name] = start * (sums[name] / sums["tokens"]).item()
     return gains
 
 
@@ -430,24 +428,21 @@ def initial_student(method, teacher, model, calibration, seed=0):
     """
     if method in ROTATIONS and model.config.tie_word_embeddings:
         raise ValueError(f"a student of {method} needs a head of its own")
-    generator = torch.Generator().manual_seed(seed)
-    one_each = method in ("lrc", "orthogonal")  # all others: one start that every matrix shares
-    projections, basis = {}, None
-    for name in projected_matrices(model):
-        if basis is None or one_each:
-            basis = initial_projection(method, calibration, generator)
-        projections[name] = basis
-    if one_each:
-        gains = {name: torch.ones(basis.shape[1]) for name in modules_of(model, NORMS)}
-    else:
-        gains = initial_gains(method, teacher, basis, calibration.batches)
+    names, generator = projected_matrices(model), torch.Generator().manual_seed(seed)
+    if method in ("lrc", "orthogonal"):  # every matrix has a start of its own
+        starts = [initial_projection(method, calibration, generator) for _ in names]
+        gains = {norm: torch.ones(starts[0].shape[1]) for norm in modules_of(model, NORMS)}
+    else:  # all matrices share one start
+        starts = [initial_projection(method, calibration, generator)] * len(names)
+        gains = initial_gains(method, teacher, starts[0], calibration.batches)
+    projections = dict(zip(names, starts))
     return ProjectedStudent(teacher, model, projections, gains, fold=method in ROTATIONS)
 
 
 # ==== Losses (App. B) =========================================================================
-# KL from the teacher, cross-entropy of the next token, and alignment of activations. The logits
-# would be the largest tensors of a step, so KL and cross-entropy are computed in chunks of
-# tokens, and their gradient with them: no two full logit tensors ever exist. To copy it: torch, F.
+# KL from the teacher, cross-entropy of the next token, and alignment of activations. Logits are the
+# largest tensors of a step, so KL, cross-entropy and their gradients are computed together, in
+# chunks of tokens, and only one chunk's logits exist at a time. To copy it: torch, F.
 
 
 def alignment_loss(student, teacher, projection=None):
@@ -570,9 +565,9 @@ def training_step(teacher, student, micro_batches, config, scales=None):
     """The gradients of one optimiser step, left in the student's projections and gains.
 
     micro_batches: an iterable, as for `on_device`; each is read when it is needed. scales: aligned
-    module -> what its term is divided by (None: nothing, as in LRC). The loss is KL +
-    cross-entropy + alpha * alignment (App. B), where each micro-batch, also another process's,
-    counts as its labels do. Returns scalars: "loss", its terms, "tokens". ValueError: no batch.
+    module -> what its term is divided by [ours] (None: nothing, as in LRC). The loss is KL +
+    cross-entropy + alpha * alignment (App. B), each micro-batch, of any process, weighted by its
+    number of labels. Returns scalars: "loss", its terms, "tokens". ValueError: no batch.
     """
     # 1. Make the student's weights from the projections: once.
     student.make_weights()
@@ -582,13 +577,13 @@ def training_step(teacher, student, micro_batches, config, scales=None):
     for batch in micro_batches:
         # 2. The teacher, then the student, compared with it module by module.
         ids, labels = on_device(batch, teacher)
-        goal, activations = teacher_forward(teacher, ids)
+        teacher_hidden, activations = teacher_forward(teacher, ids)
         hidden, alignment = student_forward(student, ids, activations, scales)
 
         # 3. KL and cross-entropy, and the gradients of the student's weights.
-        inputs = (hidden, head, goal, teacher_head, labels)
-        likelihood, kl, cross_entropy = distillation_loss(*inputs, config.temperature)
-        loss = likelihood + config.alpha * alignment
+        inputs = (hidden, head, teacher_hidden, teacher_head, labels)
+        prediction, kl, cross_entropy = distillation_loss(*inputs, config.temperature)
+        loss = prediction + config.alpha * alignment
         count = int((labels[:, 1:] != -100).sum())
         (loss * count).backward()
 
@@ -672,10 +667,9 @@ def solution(prompt, slip=None, amount=0):
     value, chain = int(prompt[0]), []
     for step, (sign, operand) in enumerate(zip(prompt[1:-2:2], map(int, prompt[2:-2:2]))):
         result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign]
-        if step == slip:
-            result += amount
-        chain.append(f"{value}{sign}{operand}={result % 10}")
-        value = result % 10
+        result = (result + (amount if step == slip else 0)) % 10
+        chain.append(f"{value}{sign}{operand}={result}")
+        value = result
     return f"{';'.join(chain)}#{value}\n"
 
 
@@ -711,13 +705,11 @@ def tiny_batches(batch_size, seq_len, seed):
 
 def tiny_tokenizer():
     """The tiny world's characters as an ordinary transformers tokenizer, which saves and loads."""
-    from tokenizers import Tokenizer, decoders, models
-
     vocabulary = {character: i for i, character in enumerate(TINY_ALPHABET)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))  # nothing merged: characters
-    tokenizer.decoder = decoders.Fuse()
-    options = {"eos_token": "\n", "pad_token": "\n", "clean_up_tokenization_spaces": False}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[]))  # characters
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    ends = {"eos_token": "\n", "pad_token": "\n"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends)
 
 
 def read_tiny_config():
@@ -731,7 +723,7 @@ def read_tiny_config():
 
 
 def tiny_teacher(values, seed, steps=TINY_TEACHER_STEPS):
-    """Train the tiny world's teacher, a frozen model, from random weights; values: its config's."""
+    """Train the tiny world's teacher from random weights: a frozen model. values: of its config."""
     torch.manual_seed(seed)
     teacher = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).float()
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
@@ -750,16 +742,16 @@ def tiny_teacher(values, seed, steps=TINY_TEACHER_STEPS):
 
 
 # ==== Evaluation (§6) =========================================================================
-# Of any causal language model. The paper chooses answers of general benchmarks by likelihood, and
-# generates those of reasoning: the tiny world asks both ways, real text for steps of solutions.
+# The paper's general benchmarks choose answers by likelihood, its reasoning benchmarks generate
+# them: the tiny world does both. On real text, single steps of worked solutions are scored.
 
 
 @torch.no_grad()
 def evaluate(model, batches, tokens=4096):
     """Held-out `loss` in nats per label and `perplexity`, and three lists by block (§4, §6).
 
-    Of the stream after it: `erank` with each token at RMS 1; `erank_raw` as it is, which massive
-    activations rule; `similarity`, the mean cosine of tokens. FloatingPointError: not finite.
+    Of the stream after it, the first `tokens` tokens: `erank`, each at RMS 1; `erank_raw` unscaled,
+    ruled by massive activations; `similarity`, their mean cosine. FloatingPointError: not finite.
     """
     states = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
     total, count, seen = 0.0, 0, 0
@@ -793,7 +785,7 @@ def evaluate(model, batches, tokens=4096):
 
 
 def generate(model, tokenizer, prompts, new_tokens):
-    """Greedy continuations of a list of prompts, as texts."""
+    """Greedy continuations of a list of prompts, as texts of at most `new_tokens` tokens (§6)."""
     end = tokenizer.eos_token_id
     options = {"max_new_tokens": new_tokens, "do_sample": False, "repetition_penalty": 1.0}
     greedy = transformers.GenerationConfig(eos_token_id=end, pad_token_id=end, **options)
@@ -826,7 +818,7 @@ def share_chosen(model, tokenizer, questions):
     return share((losses[:, 0] < losses[:, 1:].amin(1)).tolist())
 
 
-def tiny_questions(problems):
+def tiny_questions(count):
     """TINY_PAIRS, then chains by length: (prompt, [right answer, three wrong ones]) each."""
     generator, wrong = random.Random(12345), random.Random(54321)  # for every model the same
     groups = [[]]
@@ -835,7 +827,7 @@ def tiny_questions(problems):
         groups[0].append((prompt, [truth, *wrong.sample(others, 3)]))
     for length in TINY_LENGTHS:
         groups.append([])
-        for _ in range(problems):
+        for _ in range(count):
             prompt, truth = arithmetic_problem(length, generator)
             slips = [divmod(i, 9) for i in wrong.sample(range(9 * length), 3)]
             slipped = [solution(prompt, step, amount + 1) for step, amount in slips]
@@ -848,13 +840,13 @@ def share(answers):
     return sum(answers) / max(1, len(answers))
 
 
-def tiny_scores(model, tokenizer, problems=200):
+def tiny_scores(model, tokenizer, count=200):
     """The shares of `pairs` and, by length, `chains` that are `chosen` and `written` right (§6).
 
     Chosen among four by likelihood; written by the model: all of a pair, a chain's last digit.
     """
     chosen, written = [], []
-    for group in progress(tiny_questions(problems), "questions"):
+    for group in progress(tiny_questions(count), "questions"):
         prompts, truths = [prompt for prompt, _ in group], [answers[0] for _, answers in group]
         chosen.append(share_chosen(model, tokenizer, group))
         answers = generate(model, tokenizer, prompts, max(map(len, truths)))
@@ -868,26 +860,25 @@ def tiny_scores(model, tokenizer, problems=200):
 def worked_problem(row, tokenizer):
     """A `question` with a worked `answer`, as GSM8K has them, in tokens: for `step_scores`.
 
-    Of the `ids`, `answer_at` is where the answer's begin, and `results` are (start, end) of those
-    that hold a character of a result or of the `>` after it: of `24>` in `<<48/2=24>>`.
+    `answer_at`: the index in `ids` where the answer starts. `results`: (start, end) in `ids` of the
+    tokens with any character of a result or the `>` after it, such as `24>` in `<<48/2=24>>`.
     """
     text = document_text(row)
     prompt = text[: -len(str(row["answer"]))]
     encoded = tokenizer(text, return_offsets_mapping=True, verbose=False)
-    results = []
-    for match in re.finditer(r"=([^<>=]+>)>", text):
+    offsets, results = encoded["offset_mapping"], []
+    for match in re.compile(r"=([^<>=]+>)>").finditer(text, len(prompt)):
         start, end = match.span(1)
-        places = enumerate(encoded["offset_mapping"])
-        held = [i for i, (a, b) in places if a < end and b > start >= len(prompt)]
-        if held:
-            results.append((held[0], held[-1] + 1))
-    answer_at = next(i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > len(prompt))
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+        if inside:
+            results.append((inside[0], inside[-1] + 1))
+    answer_at = next(i for i, (_, end) in enumerate(offsets) if end > len(prompt))
     ids, prompt = encoded["input_ids"], prompt.strip()
     return {"prompt": prompt, "ids": ids, "answer_at": answer_at, "results": results}
 
 
 def step_answers(model, problems):
-    """For each problem: for each of its results, and for each other token: is it right? (lists)."""
+    """For each problem two lists of booleans: is each result right, and is each other token?"""
     answers = []
     for problem, logits in zip(problems, answer_logits(model, problems)):
         start, said = problem["answer_at"], logits.argmax(-1).tolist()
@@ -900,14 +891,14 @@ def step_answers(model, problems):
 
 
 def step_scores(model, problems, batch_size):
-    """Which results of worked problems a model would write, given all before them (§6) [ours].
+    """Which results of worked problems a model gets right, given the text before (§6) [ours].
 
-    Shares from 0 to 1: `results` right, `by_step` the first, second and later, and `other_tokens`
-    of the answers, a measure of general ability; and `by_problem`, which results are right.
+    Shares right, 0 to 1: `results`; `by_step`, the first, second and later; `other_tokens` of the
+    answers, for general ability. Also `by_problem`: for each, which results are right.
     """
-    number, count = process()
-    low, high = (len(problems) * i // count for i in (number, number + 1))  # this process's part
-    mine, answers = problems[low:high], []
+    rank, ranks = process()
+    first, end = len(problems) * rank // ranks, len(problems) * (rank + 1) // ranks
+    mine, answers = problems[first:end], []
     for start in progress(range(0, len(mine), batch_size), "steps"):
         answers += step_answers(model, mine[start : start + batch_size])
     by_step, others, rows = [[], [], []], [], []
@@ -924,7 +915,7 @@ def step_scores(model, problems, batch_size):
 # A frozen teacher, and batches of text, streamed; the first documents are held out.
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-READERS_OF = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+FILE_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 @dataclasses.dataclass
@@ -940,7 +931,7 @@ class Task:
 
 
 def load_teacher(name):
-    """A frozen teacher and its tokenizer, a folder's or the hub's (§3). UserError: of no use."""
+    """A frozen teacher and its tokenizer, from a folder or the hub (§3). UserError: unusable."""
     advice = "pass a folder with config, safetensors and tokenizer, or a hub model in reach."
     with as_user_error(f"cannot load {name!r} ({{}}); {advice}"):
         config = AutoConfig.from_pretrained(name)
@@ -953,16 +944,16 @@ def load_teacher(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
         options = {"config": config, "dtype": dtype, "output_loading_info": True}
-        options["use_safetensors"] = True  # nothing is unpickled
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}  # see below
         teacher, loading = AutoModelForCausalLM.from_pretrained(name, **options)
 
-    for problem in ("missing", "unexpected"):
-        keys = sorted(loading[f"{problem}_keys"])
+    for problem in ("missing", "unexpected", "mismatched"):
+        keys = sorted(map(str, loading[f"{problem}_keys"]))
         refuse(keys, f"{name} does not fit its config: {problem} weights {', '.join(keys[:3])}.")
     finite = all(torch.isfinite(parameter).all() for parameter in teacher.parameters())
     refuse(not finite, f"the weights of {name} are not all finite numbers.")
-    known = tokenizer.vocab_size <= teacher.config.vocab_size
-    usable = known and tokenizer("1 a.")["input_ids"]
+    ids = [*tokenizer("1 a.")["input_ids"], tokenizer.eos_token_id or 0, tokenizer.vocab_size - 1]
+    usable = len(ids) > 2 and max(ids) < teacher.config.vocab_size
     refuse(not usable, f"{name} lacks its tokenizer's files, or has another model's.")
     # A file may hold two different matrices where its config calls them tied: believe the file.
     teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
@@ -981,16 +972,19 @@ def open_documents(source, flag):
     datasets.logging.set_verbosity(logging.CRITICAL)  # its errors become our one sentence
     advice = f"pass {flag} a .txt, .jsonl or .parquet file, or a hub dataset in reach."
     files, options = files_of(source), {"path": source, "split": "train"}
-    reader = READERS_OF.get(Path(source).suffix)
+    reader = FILE_READERS.get(Path(source).suffix)
     with as_user_error(f"cannot read the data {source!r} ({{}}); {advice}"):
+        magic = os.path.isdir(source) and glob.has_magic(source)
+        refuse(magic, f"{source} would be read as a pattern: rename the folder.")
         if os.path.isfile(source) or reader and not os.path.isdir(source):
             usable = reader and files and all(path.stat().st_size > 0 for path in files)
             refuse(not usable, f"{source} is no file with text; {advice}")
             options |= {"path": reader, "data_files": [glob.escape(str(path)) for path in files]}
-            if reader == "text" and re.search(rb"\n\r?\n\s*\S", open(files[0], "rb").read(10**6)):
-                options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
         elif not files:
             options |= dict(zip(("path", "name", "split"), source.split(":")))
+        texts = [path for path in files if path.suffix == ".txt"]
+        if any(re.search(rb"\n\r?\n\s*\S", open(path, "rb").read(10**6)) for path in texts):
+            options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
         documents = datasets.load_dataset(streaming=True, **options)
     return documents.map(lambda row, i: {"text": document_text(row, i + 1)}, with_indices=True)
 
@@ -999,8 +993,8 @@ def files_of(source):
     """The files that a name stands for, itself, a folder's or a pattern's; none: of the hub."""
     paths = [source] if os.path.exists(source or "") else glob.glob(source or "")
     if os.path.isdir(source or ""):
-        paths = [path for path in Path(source).rglob("*") if path.is_file()]
-    return sorted(Path(path).resolve() for path in paths)
+        paths = Path(source).rglob("*")
+    return sorted(Path(path).resolve() for path in paths if os.path.isfile(path))
 
 
 def document_text(row, number=1):
@@ -1009,8 +1003,8 @@ def document_text(row, number=1):
     if question and answer:
         return f"Question: {question}\nAnswer: {answer}"
     known = "text" in row or ("question" in row and "answer" in row)
-    usable, wanted = known and isinstance(text or "", str), "a `text`, or `question` and `answer`"
-    refuse(not usable, f"row {number:,} of the data lacks {wanted}; it has {', '.join(row)}.")
+    usable, held = known and isinstance(text or "", str), ", ".join(row)
+    refuse(not usable, f"row {number:,} lacks a `text`, or `question` and `answer`; it has {held}.")
     return text or ""
 
 
@@ -1028,9 +1022,8 @@ def packed(documents, tokenizer, batch_size, seq_len):
         if end is not None and tokens[-1:] != [end]:
             tokens.append(end)
         while len(tokens) >= size:
-            ids = torch.tensor(tokens[:size]).view(batch_size, seq_len)
+            yield {"input_ids": torch.tensor(tokens[:size]).view(batch_size, seq_len)}
             del tokens[:size]
-            yield {"input_ids": ids, "labels": ids}
 
 
 def training_batches(config, task):
@@ -1051,7 +1044,7 @@ def open_task(config, name):
     """The Task of a teacher, a folder or hub name, and of its text (App. F.2).
 
     Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
-    UserError: the teacher or the text is of no use.
+    UserError: the teacher or the text is unusable.
     """
     teacher, tokenizer = load_teacher(str(name))
     most = teacher.config.max_position_embeddings
@@ -1079,7 +1072,8 @@ def open_task(config, name):
     task = Task(teacher, tokenizer, calibration, held_out, training)
     if config.eval != "none" and config.eval_data is not None:
         rows = readable(open_documents(config.eval_data, "--eval-data"), config.eval_data)
-        rows = [row for row in itertools.islice(rows, config.eval_problems) if row.get("answer")]
+        rows = (row for row in rows if row.get("question") and row.get("answer"))
+        rows = itertools.islice(rows, config.eval_problems)
         task.problems = [worked_problem(row, tokenizer) for row in rows]
         annotated = any(problem["results"] for problem in task.problems)
         refuse(not annotated, f"--eval-data {config.eval_data} has no results as in <<48/2=24>>.")
@@ -1088,13 +1082,14 @@ def open_task(config, name):
 
 # ==== Folders and checkpoints =================================================================
 # OUT holds the students of one teacher under one set of settings, each in a folder of its own.
-# What is finished is reused, what is not goes on; a student's summary.json comes last. The first
-# process alone writes.
+# Finished students are reused, unfinished ones resumed; summary.json is written last. Only the
+# first process writes.
 
-RUN_FILES = "summary.json teacher.json problems.jsonl student checkpoints metrics.jsonl".split()
+RUN_FILES = ("summary.json", "teacher.json", "problems.jsonl")
+STUDENT_FILES = ("summary.json", "problems.jsonl", "student", "checkpoints", "metrics.jsonl")
 NOT_IDENTITY = ("out", "overwrite", "save_every", "measure_every", "methods")
 DAMAGED = "is damaged ({}); start anew with --overwrite."
-LOCKS = []  # folders that are this process's until it ends, however that is
+LOCKS = []  # folders locked by this process until it exits
 
 
 def write(path, value):
@@ -1102,40 +1097,42 @@ def write(path, value):
     if process()[0] == 0:
         text = value if isinstance(value, str) else json.dumps(value, indent=1)
         beside = path.with_name(path.name + ".partial")
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, "utf-8", "replace")
         os.replace(beside, path)
 
 
 def settings_of(config):
-    """What makes a run this one: settings, size and date of files, commits of the hub's models."""
+    """What identifies a run: settings, size and dates of its files, commits of hub sources."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_IDENTITY}
     if config.model is None:
         settings["tiny_config"] = read_tiny_config()
     for name in ("model", "data", "eval_data"):
         stats = [path.stat() for path in files_of(settings[name])]
         if stats:
-            newest = time.ctime(max(stat.st_mtime for stat in stats))
-            settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes of {newest}"
+            dates = sum(int(stat.st_mtime) for stat in stats)  # another file or date, another sum
+            settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes, dates {dates}"
         elif settings[name]:
             kind, commit = "model" if name == "model" else "dataset", "unknown"
             with contextlib.suppress(Exception):  # the hub is out of reach: it may be in the cache
                 where = settings[name].partition(":")[0]
                 commit = HfApi().repo_info(where, repo_type=kind, timeout=10).sha
-            settings[f"{name} on the hub"] = gather(commit)[0]
-    return settings | {"program": "red.py", "processes": process()[1]}
+            settings[f"{name} on the hub"] = commit
+    return gather(settings | {"program": "red.py", "processes": process()[1]})[0]
 
 
 def open_folder(folder, settings, overwrite=False):
-    """See that a folder is free or holds these settings. UserError: it holds anything else."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    usable = there.is_dir() and os.access(there, os.W_OK)
-    refuse(not usable, f"--out {folder} cannot be made: {there} is a file, or not yours to write.")
+    """Check that a folder is free or holds these settings. UserError: it holds anything else."""
+    base = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    usable = base.is_dir() and os.access(base, os.W_OK)
+    refuse(not usable, f"--out {folder} cannot be made: {base} is a file, or not yours to write.")
     if not folder.exists() or all(path.suffix == ".partial" for path in folder.iterdir()):
         return
     sentence = f"{folder} holds files of no run of RED; name another --out."
     with as_user_error(sentence):
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         refuse(stored["program"] != "red.py", sentence)
+    if not overwrite:  # what is out of reach now is as it was
+        settings |= {k: stored[k] for k, v in settings.items() if v == "unknown" and k in stored}
     pairs = [(name, stored.get(name), settings.get(name)) for name in sorted(settings | stored)]
     pairs = [pair for pair in pairs if pair[1] != pair[2] and "unknown" not in pair]
     different = "; ".join(f"{name}: {there} there, {here} here" for name, there, here in pairs)
@@ -1144,17 +1141,18 @@ def open_folder(folder, settings, overwrite=False):
 
 
 def begin(folder, settings, overwrite=False):
-    """Make a folder this command's until it ends; overwrite: remove the results in it."""
+    """Lock a folder for this command until it ends; overwrite: remove the results in it."""
     gather()  # all processes have looked at what is there
     if process()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
         if str(folder) not in LOCKS:
-            with as_user_error(f"another command is at work in {folder}; name another --out."):
+            with as_user_error(f"another command works in {folder} ({{}}); name another --out."):
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS.append(str(folder))
         if overwrite:  # the summaries first: without one, nothing passes for finished
-            for file, method in itertools.product(RUN_FILES, ("", *METHODS)):
-                path = folder / method / file
+            paths = [folder / name for name in RUN_FILES]
+            paths += [folder / method / name for name in STUDENT_FILES for method in METHODS]
+            for path in paths:
                 shutil.rmtree(path, ignore_errors=True)  # does nothing to a file or a link
                 path.unlink(missing_ok=True)
         write(folder / "settings.json", settings)
@@ -1162,9 +1160,8 @@ def begin(folder, settings, overwrite=False):
 
 
 def save_checkpoint(folder, step, student, optimizer):
-    """Write all that is needed to go on after `step`; the one before is kept, too. OSError."""
-    state = {"step": step, "student": [parameter.detach() for parameter in student.parameters()]}
-    state["optimizer"] = optimizer.state_dict()
+    """Save what resuming after `step` needs; the previous one is kept. OSError: cannot write."""
+    state = {"step": step, "student": student.parameters(), "optimizer": optimizer.state_dict()}
     if process()[0] == 0:
         folder.mkdir(exist_ok=True)
         torch.save(state, folder / "next.partial")
@@ -1175,13 +1172,13 @@ def save_checkpoint(folder, step, student, optimizer):
 
 
 def load_checkpoint(folder, student, optimizer):
-    """Take up the newest checkpoint, and return its step; 0 if there is none. UserError."""
+    """Load the newest checkpoint and return its step; 0 if there is none. UserError: damaged."""
     paths = gather(sorted(folder.glob("step-*.pt")))[0]  # the first process chooses for all
     if not paths:
         return 0
     with as_user_error(f"{paths[-1]} is damaged ({{}}); delete it to go on from the one before."):
         refuse(zipfile.ZipFile(paths[-1]).testzip(), f"{paths[-1]} is damaged; delete it.")
-        state = torch.load(paths[-1], map_location="cpu", weights_only=True)  # runs no code of it
+        state = torch.load(paths[-1], "cpu", weights_only=True, mmap=True)  # runs no code from it
         for parameter, saved in zip(student.parameters(), state["student"], strict=True):
             parameter.data.copy_(saved)
         optimizer.load_state_dict(state["optimizer"])
@@ -1207,9 +1204,9 @@ def student_config(teacher_config, hidden_size, untie=False):
 def student_width(ratio, teacher_config):
     """The width that is nearest to a share of the teacher's. UserError: that is 0."""
     llama = teacher_config.model_type == "llama"  # its width must be a multiple of its heads
-    step = teacher_config.num_attention_heads if llama else 1
-    width = step * math.floor(ratio * teacher_config.hidden_size / step + 0.5)
-    refuse(width == 0, f"--ratio {ratio} leaves no width; the least is {step}.")
+    unit = teacher_config.num_attention_heads if llama else 1
+    width = unit * math.floor(ratio * teacher_config.hidden_size / unit + 0.5)
+    refuse(width == 0, f"--ratio {ratio} leaves no width; the least is {unit}.")
     return width
 
 
@@ -1240,7 +1237,7 @@ def tiny_teacher_folder(config):
 
 
 def set_up(config):
-    """The task of a command's teacher, and its calibration; says what is to be done."""
+    """The task of a command's teacher, and its calibration; announces the plan."""
     name = config.model or tiny_teacher_folder(config)
     task = open_task(config, name)
     teacher, methods = task.teacher, ", ".join(config.methods)
@@ -1248,15 +1245,16 @@ def set_up(config):
     tokens = config.batch_size * config.seq_len * config.grad_accum * config.steps * process()[1]
     announce("teacher", f"{name}, width {width}, {teacher.num_parameters():,} parameters")
     announce("students", f"{methods}: width {hidden_size}, in {config.out}")
-    if teacher.config.tie_word_embeddings and set(config.methods) & set(ROTATIONS):
+    untied = [method for method in config.methods if method in ROTATIONS]
+    if teacher.config.tie_word_embeddings and untied:
         more = f"{teacher.config.vocab_size * hidden_size:,} parameters"
-        announce("students", f"{', '.join(ROTATIONS)}: a head of their own, {more}")
+        announce("students", f"{', '.join(untied)}: a head of their own, {more}")
     text = f"{config.data or 'the tiny world'}, on {process()[1]} x {teacher.device}"
     announce("training", f"{tokens:,} tokens of {text}")
     if task.problems is not None:
         announce("reasoning", f"{len(task.problems)} worked problems of {config.eval_data}")
     elif config.data is not None:
-        announce("reasoning", "not measured; --eval steps would ask GSM8K's problems, of the hub")
+        announce("reasoning", "not measured; --eval steps measures it on GSM8K, from the hub")
     calibration = calibrate(teacher, task.calibration, hidden_size)
     for kind, energy in calibration.energy.items():
         same = f"{calibration.agreement[kind]:.0%} (chance: {hidden_size / width:.0%})"
@@ -1272,8 +1270,7 @@ def train_student(method, config, folder, student, task, scales):
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     done = load_checkpoint(checkpoints, student, optimizer)
     if done == 0:
-        held_out = measure_model(student.model, task, config)
-        records = [{"step": 0, "tokens": 0, "held_out": held_out}]
+        records = [{"step": 0, "tokens": 0, "held_out": measure_model(student.model, task, config)}]
     else:  # what came after the checkpoint will come again
         with as_user_error(f"{metrics} {DAMAGED}"):
             records = [json.loads(line) for line in metrics.read_text().splitlines()[: done + 1]]
@@ -1281,7 +1278,7 @@ def train_student(method, config, folder, student, task, scales):
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     measure_every, save_every = config.measure_every, config.save_every
-    # A run that goes on reads again up to where it was: a shuffled stream has no short cut.
+    # A resumed run rereads all data up to where it stopped: a shuffled stream cannot skip.
     batches = itertools.islice(training_batches(config, task), done * config.grad_accum, None)
     loop = distill(task.teacher, student, batches, config, scales, optimizer, done)
     bar = progress(loop, method, delay=0, initial=done, total=config.steps)
@@ -1318,14 +1315,16 @@ def make_student(method, config, task, calibration, teacher_row):
     records = train_student(method, config, folder, student, task, calibration.scales)
     if process()[0] == 0:  # the merged student is a standard checkpoint (App. C)
         student.model.generation_config = teacher.generation_config
-        student.model.save_pretrained(folder / "student")
-        task.tokenizer.save_pretrained(folder / "student")
+        with as_user_error(f"cannot write {folder}/student ({{}}); the same command goes on."):
+            student.model.save_pretrained(folder / "student")
+            task.tokenizer.save_pretrained(folder / "student")
     gather()
 
-    # What is measured is what was written: the checkpoint, opened as anyone would open it.
+    # The merged model is measured as anyone would load it: reopened from the checkpoint.
     exported, _ = load_teacher(str(folder / "student"))
     summary = {"method": method, "teacher": teacher_row, "tokens": records[-1]["tokens"]}
-    summary["channels"] = calibration.bases["channels"].argmax(0).tolist()
+    if method == "red":
+        summary["channels"] = calibration.bases["channels"].argmax(0).tolist()
     summary["curve"] = [record for record in records if "held_out" in record]
     summary |= measure_model(exported, task, config, folder)
     write(folder / "student" / "README.md", model_card(config, summary))
@@ -1372,17 +1371,17 @@ def make_students(config):
             announce("student", f"{method}: finished before, in {out / method}")
             with as_user_error(f"{finished} {DAMAGED}"):
                 rows[method] = json.loads(finished.read_text())
-                table(rows | {"teacher": rows[method]["teacher"]})
+                table(rows | {"teacher": rows[method]["teacher"]})  # or something is missing
     if len(rows) < len(config.methods):
         task, calibration = set_up(config)
         # No student is made or replaced before the input is known to be good.
         begin(out, settings, config.overwrite)
-        kept = out / "teacher.json"
-        if not kept.is_file():
-            write(kept, measure_model(task.teacher, task, config, out))
-        with as_user_error(f"{kept} {DAMAGED}"):
-            teacher_row = json.loads(gather(kept.read_text() if process()[0] == 0 else None)[0])
-            table({"teacher": teacher_row})
+        measured = out / "teacher.json"
+        if not measured.is_file():
+            write(measured, measure_model(task.teacher, task, config, out))
+        with as_user_error(f"{measured} {DAMAGED}"):
+            teacher_row = json.loads(gather(measured.read_text() if process()[0] == 0 else None)[0])
+            table({"teacher": teacher_row})  # or something is missing
         for method in config.methods:
             if method not in rows:
                 rows[method] = make_student(method, config, task, calibration, teacher_row)
@@ -1428,7 +1427,7 @@ def table(rows):
         text.append("  ".join([label.ljust(name), *padded]))
     if "pairs" in rows["teacher"]:
         text.append("pairs: knowledge; steps of a chain: reasoning. chosen: the likeliest of four,")
-        text.append("chance 25%; written: by the model itself (a chain ending in 0 always: 18%).")
+        text.append("chance 25%; written: by the model itself (ending every chain in 0: 16-18%).")
     if "results" in rows["teacher"]:
         text.append("results of the 1st, 2nd, later steps of worked problems, right if all before")
         text.append("is given: reasoning. other tokens of these solutions: general ability.")
@@ -1437,7 +1436,7 @@ def table(rows):
 
 
 # ==== Command line ============================================================================
-# One sentence on stderr: with exit code 2 where the user can fix it, 1 where a run breaks off.
+# One sentence on stderr. Exit code 2: the user can fix it; 1: a run broke off; 130: interrupted.
 
 
 class UserError(Exception):
@@ -1556,14 +1555,15 @@ def fill_in(config, parser):
     for field, value in vars(config).items():
         if value != parser.get_default(field) and field not in (*NOT_IDENTITY, "model"):
             name.append(f"{field.replace('_', '-')}-{value}".replace("/", "-"))
-    config.out = "-".join(name) if config.out is None else config.out
+    config.out = "-".join(name)[:200] if config.out is None else config.out
     if is_tiny(config):
         return
     local = files_of(config.model) or files_of(config.data)
     config.eval = config.eval or ("none" if local and config.eval_data is None else "steps")
     if config.eval == "steps" and config.eval_data is None:
         config.eval_data = "openai/gsm8k:main:test"
-    config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"
+    if config.data is None:
+        config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
 
 
 def check(config):
@@ -1620,19 +1620,18 @@ def main(arguments=None):
     SIGNALS.update(wait=False, came=False)
     signal.signal(signal.SIGINT, note_signal)
     signal.signal(signal.SIGTERM, note_signal)
-    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter
     try:
         carry_out(parse_arguments(arguments))
         return 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; the same command without --overwrite goes on."
+        code, text = 130, "interrupted; run the same command without --overwrite to resume."
     except UserError as error:
         code, text = 2, str(error)
     except FloatingPointError as error:
         code, text = 1, f"{error}."
-    except (OSError, safetensors.SafetensorError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         code, text = 1, textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
-        text += "; once that is mended, the same command goes on."
+        text += "; once that is fixed, run the same command to resume."
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             text = "out of memory; try a smaller --batch-size or --seq-len."
         elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
@@ -1647,4 +1646,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter
     sys.exit(main())

@@ -841,7 +841,7 @@ def test_the_tiny_world_in_every_family(family, tmp_path):
     red.tiny_tokenizer().save_pretrained(tmp_path)
     teacher, tokenizer = red.load_teacher(str(tmp_path))
     assert teacher.config.model_type == family
-    assert len(red.tiny_scores(teacher, tokenizer, problems=2)["chains"]["written"]) == 5
+    assert len(red.tiny_scores(teacher, tokenizer, count=2)["chains"]["written"]) == 5
     together = red.generate(teacher, tokenizer, ["1+2-3*4=?", "7"], 4)
     alone = [red.generate(teacher, tokenizer, [prompt], 4)[0] for prompt in ("1+2-3*4=?", "7")]
     assert together == alone
@@ -892,7 +892,7 @@ def test_tiny_scores_are_of_exact_answers(monkeypatch):
 
     monkeypatch.setattr(red, "generate", solve)
     monkeypatch.setattr(red, "share_chosen", lambda model, tokenizer, group: len(group))
-    scores = red.tiny_scores(None, None, problems=10)
+    scores = red.tiny_scores(None, None, count=10)
     assert scores["pairs"] == {"chosen": 60, "written": 0.75}
     assert scores["chains"] == {"chosen": [10] * 5, "written": [1, 1, 0.5, 0.5, 0.5]}
 
@@ -1171,6 +1171,9 @@ def test_data_as_people_have_it(tmp_path):
     wanted = {"blank.txt": ["one\nand a half", "two"], "lines.txt": ["one", "two", "three"]}
     wanted |= dict.fromkeys(["rows.jsonl", "array.json"], ["one", "", "three"])
     wanted |= {"a[1].jsonl": ["right"], "many": ["x", "y"], "many/*.jsonl": ["x", "y"]}
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/x.txt").write_text("one\nand a half\n\ntwo")
+    wanted |= dict.fromkeys(["texts", "texts/*.txt"], ["one\nand a half", "two"])
     for name, expected in wanted.items():
         documents = red.open_documents(str(tmp_path / name), "--data")
         texts = [row["text"].strip() for row in documents]
@@ -1280,6 +1283,7 @@ def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, ca
                 assert record.pop("tokens_per_second", 1) > 0
     assert results[0] == results[1]
     assert list(results[0]) == ["teacher", *METHODS]
+    assert [label for label, row in results[0].items() if "channels" in row] == ["red"]
     said = capsys.readouterr().out
     table = said.split("\n\n")[-2].splitlines()
     assert [line.split()[0] for line in table[2:9]] == ["teacher", *METHODS]
@@ -1311,6 +1315,7 @@ def test_what_a_head_of_their_own_costs_is_said(tmp_path, real, capsys):
 def test_reasoning_is_measured_on_worked_problems(real, tmp_path, capsys):
     """At the end and during training, and what is asked is what the file says."""
     rows = [{"question": "q", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}"} for i in range(9)]
+    rows.insert(3, {"question": None, "answer": "nothing was asked"})  # left out
     (tmp_path / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
     shutil.copytree(real / "teacher", tmp_path / "teacher")
     letters = json.loads((tmp_path / "teacher/tokenizer.json").read_text())
@@ -1377,7 +1382,7 @@ def test_the_tiny_worlds_teacher_is_shared_by_the_runs_beside_each_other(
     monkeypatch.chdir(tmp_path)
     honest, score = red.tiny_teacher, red.tiny_scores
     monkeypatch.setattr(red, "tiny_teacher", lambda values, *rest: honest(values, *rest, steps=3))
-    monkeypatch.setattr(red, "tiny_scores", lambda model, words: score(model, words, problems=3))
+    monkeypatch.setattr(red, "tiny_scores", lambda model, words: score(model, words, count=3))
     monkeypatch.setattr(red, "TINY_PAIRS", red.TINY_PAIRS[:5])
     words = "--batch-size 2 --calibration-samples 2 --measure-every 0 --methods red".split()
     assert red.main([*words, "--steps", "1"]) == 0
@@ -1401,12 +1406,13 @@ def test_overwrite_removes_what_a_run_has_written_and_nothing_else(real, tmp_pat
     out = tmp_path / "run"
     words = run_of(real, out, "--steps", "1")
     assert red.main(words) == 0
-    for name in ("notes.json", "mine.jsonl", "thesis.txt"):
+    mine = ["notes.json", "mine.jsonl", "metrics.jsonl", "student/best.txt", "checkpoints/a.pt"]
+    for name in (*mine, "red/notes.txt", "red/teacher.json"):
+        (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
     assert red.main([*words, "--alpha", "0.5", "--overwrite"]) == 0
-    assert [(out / n).read_text() for n in ("notes.json", "mine.jsonl", "thesis.txt")] == [
-        "mine"
-    ] * 3
+    for name in (*mine, "red/notes.txt", "red/teacher.json"):
+        assert (out / name).read_text() == "mine", name
     capsys.readouterr()
 
     # What a run reads is never in the folder that it replaces.
@@ -1450,10 +1456,12 @@ def test_what_was_read_is_known_and_what_changed_is_named(real, tmp_path, capsys
         capsys.readouterr()
         assert red.main(words) == 2
         said = capsys.readouterr().err
-        assert f"{flag} on disk" in said and "bytes of" in said
+        assert f"{flag} on disk" in said and "bytes, dates" in said
         path.write_text(path.read_text()[:-1])
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert red.main(words) == 0
+    os.utime(path, (0, 0))  # one of a folder's files is replaced by an older one
+    assert red.main(words) == 2
 
 
 def test_a_newer_commit_on_the_hub_is_named_and_an_older_copy_goes_on(tmp_path, monkeypatch):
@@ -1476,7 +1484,12 @@ def test_a_newer_commit_on_the_hub_is_named_and_an_older_copy_goes_on(tmp_path, 
     with pytest.raises(red.UserError, match="data on the hub: c2 there, c4 here"):
         red.open_folder(tmp_path / "run", red.settings_of(config))
     commits.clear()
-    red.open_folder(tmp_path / "run", red.settings_of(config))
+    offline = red.settings_of(config)
+    red.open_folder(tmp_path / "run", offline)
+    red.begin(tmp_path / "run", offline)  # and the commit is still known
+    commits |= {"some/teacher": "c5", "some/text": "c2"}
+    with pytest.raises(red.UserError, match="model on the hub: c1 there, c5 here"):
+        red.open_folder(tmp_path / "run", red.settings_of(config))
 
 
 def test_one_command_at_a_time_in_a_folder(real, tmp_path, capfd):
@@ -1489,7 +1502,7 @@ def test_one_command_at_a_time_in_a_folder(real, tmp_path, capfd):
         time.sleep(0.01)
     capfd.readouterr()
     assert forked(words) == 2
-    assert "another command is at work" in capfd.readouterr().err
+    assert "another command works in" in capfd.readouterr().err
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     assert forked(run_of(real, out, "--overwrite")) == 0  # the lock has died with its process
@@ -1717,7 +1730,8 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(uninterrupted, tmp_path, 
     forked([*words, "--out", str(out)], lambda: (out / "lrc/checkpoints/step-0000005.pt").exists())
     capfd.readouterr()
     more = ["--save-every", "0"] if moment == "export" else []
-    assert forked([*words, "--out", str(out), *more], largest_file=200_000) == 1
+    code = 2 if moment == "export" else 1
+    assert forked([*words, "--out", str(out), *more], largest_file=200_000) == code
     said = capfd.readouterr().err
     assert said.replace("\r", "\n").strip().splitlines()[-1].strip().startswith("red.py: ")
     assert moment == "export" or "disk full" in said
@@ -1874,11 +1888,11 @@ def test_torchrun_trains_resumes_and_measures_like_one_process(real, tmp_path, m
     """Tiny-world lines, where two processes read just what one with twice the batch reads."""
     words = ["--model", f"{real}/teacher", "--steps", "4", "--seq-len", "32", "--methods", "red"]
     words += ["--calibration-samples", "4", "--save-every", "2", "--learning-rate", "1e-3"]
-    few = functools.partial(red.tiny_scores, problems=3)  # the whole takes a minute
+    few = functools.partial(red.tiny_scores, count=3)  # the whole takes a minute
     monkeypatch.setattr(red, "tiny_scores", few)
     monkeypatch.setattr(red, "TINY_PAIRS", red.TINY_PAIRS[:5])
     script = f"import sys, functools; sys.path.insert(0, {str(HERE)!r}); import red\n"
-    script += "red.tiny_scores = functools.partial(red.tiny_scores, problems=3)\n"
+    script += "red.tiny_scores = functools.partial(red.tiny_scores, count=3)\n"
     script += "red.TINY_PAIRS = red.TINY_PAIRS[:5]\n"
     (tmp_path / "few.py").write_text(f"{script}sys.exit(red.main())\n")
     one = [*words, "--batch-size", "2", "--grad-accum", "2", "--out", f"{tmp_path}/one"]
@@ -1967,7 +1981,8 @@ def bad_inputs():
     yield "twice the same method", ["--methods", "lrc", "lrc"], "once each"
     yield "data without a model", ["--data", "x.txt"], "--model"
     yield "empty model", ["--model", ""], "--model"
-    yield "empty data", [*model, "--data", ""], "--data"
+    yield "empty data", [*model, "--data", ""], "is empty"
+    yield "a folder like a pattern", [*model, "--data", "{dir}/a[1]"], "rename"
     yield "empty out", [*model, "--out", ""], "--out"
     yield "questions for the tiny world", ["--eval-data", "x.jsonl"], "--eval-data"
     yield "steps of the tiny world", ["--eval", "steps"], "tiny world"
@@ -1992,7 +2007,8 @@ def bad_inputs():
         yield f"data {name}", [*model, "--data", "{dir}/" + name], word
     yield "data out of reach", [*model, "--data", "nobody/nothing"], "--data"
     yield "no problems", [*model, "--eval-data", "{dir}/short.txt"], "<<48/2=24>>"
-    for name in ("toothless", "tokenless", "oversized", "nan", "adapter", "deeper", "pickled"):
+    made = ["toothless", "tokenless", "oversized", "nan", "adapter", "deeper", "pickled"]
+    for name in (*made, "beyond", "reshaped"):
         yield f"teacher {name}", [*model, "--model", "{dir}/" + name], name
     yield "out is a link to nothing", [*model, "--out", "{dir}/dangling"], "cannot be made"
     yield "out is a file", [*model, "--out", "{dir}/data.csv"], "is a file"
@@ -2003,7 +2019,7 @@ def bad_inputs():
 def bad(tmp_path_factory, real):
     folder = tmp_path_factory.mktemp("bad")
     names = ["teacher", "truncated", "weightless", "tokenless", "toothless", "oversized", "nan"]
-    for name in (*names, "adapter", "deeper", "pickled"):
+    for name in (*names, "adapter", "deeper", "pickled", "beyond", "reshaped"):
         shutil.copytree(real / "teacher", folder / name)
     weights = folder / "truncated/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -2020,6 +2036,11 @@ def bad(tmp_path_factory, real):
     (folder / "toothless/tokenizer.json").write_text(json.dumps(vocabulary))
     edit_weights(folder / "nan", lambda weights: weights["model.norm.weight"].fill_(math.nan))
     (folder / "adapter/adapter_config.json").write_text("{}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "beyond")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(folder / "beyond")
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder / "reshaped", lambda w: w.update({name: w[name][:8].clone()}))
     copied = "model.layers.7.mlp.up_proj.weight"
     edit_weights(folder / "deeper", lambda w: w.update({copied: w[copied.replace("7", "1")] + 0}))
     config = json.loads((folder / "teacher/config.json").read_text())
@@ -2041,6 +2062,8 @@ def bad(tmp_path_factory, real):
     (folder / "fields.jsonl").write_text('{"body": "1+1"}\n' * 30)
     (folder / "packed.jsonl.gz").write_bytes(b"1+1")
     (folder / "short.txt").write_text("1+1\n\n2+2")
+    (folder / "a[1]").mkdir()
+    (folder / "a[1]/data.txt").write_text("1+1\n" * 99)
     (folder / "dangling").symlink_to(folder / "nowhere")
     return folder
 
