@@ -982,8 +982,8 @@ def open_documents(source, flag):
             options |= {"path": reader, "data_files": [glob.escape(str(path)) for path in files]}
         elif not files:
             options |= dict(zip(("path", "name", "split"), source.split(":")))
-        texts = [path for path in files if path.suffix == ".txt"]
-        if any(re.search(rb"\n\r?\n\s*\S", open(path, "rb").read(10**6)) for path in texts):
+        blank = [re.search(rb"\n\r?\n\s*\S", open(path, "rb").read(10**6)) for path in files]
+        if any(blank) and all(path.suffix == ".txt" for path in files):
             options["sample_by"] = "paragraph"  # blank lines separate documents, if any do
         documents = datasets.load_dataset(streaming=True, **options)
     return documents.map(lambda row, i: {"text": document_text(row, i + 1)}, with_indices=True)

@@ -6,7 +6,10 @@ One folder of the tiny world's runs for each seed; needs matplotlib, and writes 
 import json
 import sys
 
-from matplotlib.figure import Figure
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    sys.exit("draw.py needs matplotlib: pip install matplotlib")
 
 STYLES = {"teacher": "k*-", "red": "C3o-", "pca": "C0D--", "lrc": "C1v:", "orthogonal": "C2^:"}
 STYLES |= {"shared-orthogonal": "C4s-.", "random-selection": "C5P-."}
