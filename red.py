@@ -33,14 +33,12 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import sys
 import textwrap
 import time
 import zipfile
 from pathlib import Path
-from typing import Literal
 
 import tokenizers
 import torch
@@ -87,13 +85,11 @@ class Config:
     temperature: float = setting(1.0, "softens both distributions in KL")
     alpha: float = setting(0.2, "weight of the alignment loss")
     seed: int = setting(0, "seed of everything random")
-    eval: Literal["steps", "none"] | None = setting(None, "unset: steps if nothing is local")
-    eval_data: str | None = setting(None, "worked problems; unset: the test set of GSM8K")
+    eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if nothing is local")
     eval_problems: int = setting(200, "how many of --eval-data's problems to measure")
     measure_every: int = setting(250, "steps between measurements; 0: at the start only")
     out: str | None = setting(None, "results folder; unset: runs/, named by non-default settings")
     save_every: int = setting(250, "steps between checkpoints; 0: on a signal only")
-    overwrite: bool = setting(False, "replace earlier results in --out, and the tiny teacher")
 
 
 # ==== Effective rank (§4) =====================================================================
@@ -287,11 +283,10 @@ def calibrate(teacher, batches, hidden_size):
     of_front = chosen_bases(front, norms, hidden_size)
     of_back = chosen_bases(back, norms, hidden_size)
     moment = whole["moment"].float().cpu()
-    agreement, energy = {}, {}
-    for kind, basis in bases.items():
-        # The mean squared cosine between two spaces; of two selections, the share in common.
-        agreement[kind] = (of_front[kind].T @ of_back[kind]).square().sum().item() / hidden_size
-        energy[kind] = ((basis.T @ moment @ basis).trace() / moment.trace()).item()
+    energy = {k: ((b.T @ moment @ b).trace() / moment.trace()).item() for k, b in bases.items()}
+    # The mean squared cosine between two spaces; of two selections, the share in common.
+    cosines = {kind: (of_front[kind].T @ of_back[kind]).square().sum().item() for kind in bases}
+    agreement = {kind: total / hidden_size for kind, total in cosines.items()}
 
     scales = {name: max(whole[name].item() / whole["tokens"], 1e-12) for name in aligned}
     scores = channel_importance(whole, norms).cpu()
@@ -877,36 +872,24 @@ def worked_problem(row, tokenizer):
     return {"prompt": prompt, "ids": ids, "answer_at": answer_at, "results": results}
 
 
-def step_answers(model, problems):
-    """For each problem two lists of booleans: is each result right, and is each other token?"""
-    answers = []
-    for problem, logits in zip(problems, answer_logits(model, problems)):
-        start, said = problem["answer_at"], logits.argmax(-1).tolist()
-        right = [a == b for a, b in zip(problem["ids"][start:], said, strict=True)]
-        spans = [range(first - start, end - start) for first, end in problem["results"]]
-        rest = sorted(set(range(len(right))).difference(*spans))
-        results = [all(right[i] for i in span) for span in spans]
-        answers.append((results, [right[i] for i in rest]))
-    return answers
-
-
 def step_scores(model, problems, batch_size):
     """Which results of worked problems a model gets right, given the text before (§6) [ours].
 
     Shares right, 0 to 1: `results`; `by_step`, the first, second and later; `other_tokens` of the
     answers, for general ability. Also `by_problem`: for each, which results are right.
     """
-    rank, ranks = process()
-    first, end = len(problems) * rank // ranks, len(problems) * (rank + 1) // ranks
-    mine, answers = problems[first:end], []
-    for start in progress(range(0, len(mine), batch_size), "steps"):
-        answers += step_answers(model, mine[start : start + batch_size])
     by_step, others, rows = [[], [], []], [], []
-    for problem, (results, rest) in zip(problems, sum(gather(answers), [])):
-        rows.append({"prompt": problem["prompt"], "right": results})
-        others += rest
-        for step, right in enumerate(results):
-            by_step[min(step, 2)].append(right)
+    for done in progress(range(0, len(problems), batch_size), "steps"):
+        some = problems[done : done + batch_size]
+        for problem, logits in zip(some, answer_logits(model, some)):
+            start, said = problem["answer_at"], logits.argmax(-1).tolist()
+            right = [a == b for a, b in zip(problem["ids"][start:], said, strict=True)]
+            spans = [range(first - start, end - start) for first, end in problem["results"]]
+            results = [all(right[i] for i in span) for span in spans]
+            others += [right[i] for i in set(range(len(right))).difference(*spans)]
+            rows.append({"prompt": problem["prompt"], "right": results})
+            for step, result in enumerate(results):
+                by_step[min(step, 2)].append(result)
     scores = {"results": share(sum(by_step, [])), "by_step": [share(step) for step in by_step]}
     return scores | {"other_tokens": share(others), "by_problem": rows}
 
@@ -974,8 +957,6 @@ def open_documents(source, flag):
     files, options = files_of(source), {"path": source, "split": "train"}
     reader = FILE_READERS.get(Path(source).suffix)
     with as_user_error(f"cannot read the data {source!r} ({{}}); {advice}"):
-        magic = os.path.isdir(source) and glob.has_magic(source)
-        refuse(magic, f"{source} would be read as a pattern: rename the folder.")
         if os.path.isfile(source) or reader and not os.path.isdir(source):
             usable = reader and files and all(path.stat().st_size > 0 for path in files)
             refuse(not usable, f"{source} is no file with text; {advice}")
@@ -1047,8 +1028,8 @@ def open_task(config, name):
     UserError: the teacher or the text is unusable.
     """
     teacher, tokenizer = load_teacher(str(name))
-    most = teacher.config.max_position_embeddings
-    refuse(config.seq_len > most, f"--seq-len is beyond the {most:,} positions of {name}.")
+    places = teacher.config.max_position_embeddings
+    refuse(config.seq_len > places, f"--seq-len is beyond the {places:,} positions of {name}.")
     if config.data is None:
         samples = tiny_batches(1, config.seq_len, f"calibration {config.seed}")
         calibration = list(itertools.islice(samples, config.calibration_samples))
@@ -1063,14 +1044,14 @@ def open_task(config, name):
     documents = documents.filter(lambda row: row["text"] != "")
     aside = max(1, min(200, (len(texts) - empty) // 10))
     training, batches = documents.skip(aside), []
-    for some, count in ((documents.take(aside), 32), (training, config.calibration_samples)):
+    for some, most in ((documents.take(aside), 32), (training, config.calibration_samples)):
         sequences = readable(packed(some, tokenizer, 1, config.seq_len), config.data)
-        batches.append(list(itertools.islice(sequences, count)))
+        batches.append(list(itertools.islice(sequences, most)))
     held_out, calibration = batches
     short = not held_out or len(calibration) < 2 or len(texts) - empty - aside < process()[1]
     refuse(short, f"{config.data} is too short: give more text, or a smaller --seq-len.")
     task = Task(teacher, tokenizer, calibration, held_out, training)
-    if config.eval != "none" and config.eval_data is not None:
+    if config.eval_data not in (None, "none"):
         rows = readable(open_documents(config.eval_data, "--eval-data"), config.eval_data)
         rows = (row for row in rows if row.get("question") and row.get("answer"))
         rows = itertools.islice(rows, config.eval_problems)
@@ -1085,19 +1066,22 @@ def open_task(config, name):
 # Finished students are reused, unfinished ones resumed; summary.json is written last. Only the
 # first process writes.
 
-RUN_FILES = ("summary.json", "teacher.json", "problems.jsonl")
-STUDENT_FILES = ("summary.json", "problems.jsonl", "student", "checkpoints", "metrics.jsonl")
-NOT_IDENTITY = ("out", "overwrite", "save_every", "measure_every", "methods")
-DAMAGED = "is damaged ({}); start anew with --overwrite."
+NOT_IDENTITY = ("out", "save_every", "measure_every", "methods")
+DAMAGED = "is damaged ({}); delete it, and the same command makes it again."
 LOCKS = []  # folders locked by this process until it exits
 
 
 def write(path, value):
-    """Write text, or any other value as JSON."""
-    if process()[0] == 0:
-        text = value if isinstance(value, str) else json.dumps(value, indent=1)
-        beside = path.with_name(path.name + ".partial")
-        beside.write_text(text, "utf-8", "replace")
+    """Write text, tensors (a .pt file), or any other value as JSON. UserError: it cannot be."""
+    if process()[0] > 0:
+        return
+    beside = path.with_name(path.name + ".partial")
+    with as_user_error(f"cannot write {path} ({{}}); is the disk full? The same command goes on."):
+        if path.suffix == ".pt":
+            torch.save(value, beside)
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, indent=1)
+            beside.write_text(text, "utf-8", "replace")
         os.replace(beside, path)
 
 
@@ -1111,16 +1095,16 @@ def settings_of(config):
         if stats:
             dates = sum(int(stat.st_mtime) for stat in stats)  # another file or date, another sum
             settings[f"{name} on disk"] = f"{sum(s.st_size for s in stats):,} bytes, dates {dates}"
-        elif settings[name]:
-            kind, commit = "model" if name == "model" else "dataset", "unknown"
-            with contextlib.suppress(Exception):  # the hub is out of reach: it may be in the cache
+        elif settings[name] not in (None, "none"):
+            kind = "model" if name == "model" else "dataset"
+            with contextlib.suppress(Exception):  # out of reach, it may be in the cache
                 where = settings[name].partition(":")[0]
                 commit = HfApi().repo_info(where, repo_type=kind, timeout=10).sha
-            settings[f"{name} on the hub"] = commit
+                settings[f"{name} on the hub"] = commit
     return gather(settings | {"program": "red.py", "processes": process()[1]})[0]
 
 
-def open_folder(folder, settings, overwrite=False):
+def open_folder(folder, settings):
     """Check that a folder is free or holds these settings. UserError: it holds anything else."""
     base = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     usable = base.is_dir() and os.access(base, os.W_OK)
@@ -1131,17 +1115,15 @@ def open_folder(folder, settings, overwrite=False):
     with as_user_error(sentence):
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         refuse(stored["program"] != "red.py", sentence)
-    if not overwrite:  # what is out of reach now is as it was
-        settings |= {k: stored[k] for k, v in settings.items() if v == "unknown" and k in stored}
-    pairs = [(name, stored.get(name), settings.get(name)) for name in sorted(settings | stored)]
-    pairs = [pair for pair in pairs if pair[1] != pair[2] and "unknown" not in pair]
+    settings |= stored | settings  # a commit that is out of reach now is as it was
+    pairs = [(k, stored[k], settings[k]) for k in sorted(stored) if stored[k] != settings[k]]
     different = "; ".join(f"{name}: {there} there, {here} here" for name, there, here in pairs)
-    advice = f"({different}); name another --out, or pass --overwrite to replace it."
-    refuse(pairs and not overwrite, f"{folder} holds a run with other settings {advice}")
+    advice = f"({different}); name another --out, or delete that folder."
+    refuse(pairs, f"{folder} holds a run with other settings {advice}")
 
 
-def begin(folder, settings, overwrite=False):
-    """Lock a folder for this command until it ends; overwrite: remove the results in it."""
+def begin(folder, settings):
+    """Make a folder, and lock it for this command until it ends. UserError: it is locked."""
     gather()  # all processes have looked at what is there
     if process()[0] == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -1149,23 +1131,16 @@ def begin(folder, settings, overwrite=False):
             with as_user_error(f"another command works in {folder} ({{}}); name another --out."):
                 fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
             LOCKS.append(str(folder))
-        if overwrite:  # the summaries first: without one, nothing passes for finished
-            paths = [folder / name for name in RUN_FILES]
-            paths += [folder / method / name for name in STUDENT_FILES for method in METHODS]
-            for path in paths:
-                shutil.rmtree(path, ignore_errors=True)  # does nothing to a file or a link
-                path.unlink(missing_ok=True)
         write(folder / "settings.json", settings)
     gather()
 
 
 def save_checkpoint(folder, step, student, optimizer):
-    """Save what resuming after `step` needs; the previous one is kept. OSError: cannot write."""
+    """Save what resuming after `step` needs; the previous one is kept. UserError: cannot write."""
     state = {"step": step, "student": student.parameters(), "optimizer": optimizer.state_dict()}
     if process()[0] == 0:
         folder.mkdir(exist_ok=True)
-        torch.save(state, folder / "next.partial")
-        os.replace(folder / "next.partial", folder / f"step-{step:07}.pt")
+        write(folder / f"step-{step:07}.pt", state)
         for path in sorted(folder.glob("step-*.pt"))[:-2]:
             path.unlink()
     gather()
@@ -1224,10 +1199,10 @@ def tiny_teacher_folder(config):
     values = read_tiny_config()
     folder = Path(config.out).parent / f"tiny-{values['model_type']}-{config.seed}"
     settings = {"program": "red.py", "tiny_config": values, "seed": config.seed}
-    open_folder(folder, settings, config.overwrite)
-    if config.overwrite or not (folder / "summary.json").is_file():
+    open_folder(folder, settings)
+    if not (folder / "summary.json").is_file():
         announce("teacher", f"training one, {TINY_TEACHER_STEPS} steps, all anew if interrupted")
-        begin(folder, settings, config.overwrite)
+        begin(folder, settings)
         if process()[0] == 0:
             tiny_teacher(values, config.seed).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)
@@ -1237,7 +1212,7 @@ def tiny_teacher_folder(config):
 
 
 def set_up(config):
-    """The task of a command's teacher, and its calibration; announces the plan."""
+    """The task of a command's teacher, and the students' width; announces the plan."""
     name = config.model or tiny_teacher_folder(config)
     task = open_task(config, name)
     teacher, methods = task.teacher, ", ".join(config.methods)
@@ -1254,13 +1229,23 @@ def set_up(config):
     if task.problems is not None:
         announce("reasoning", f"{len(task.problems)} worked problems of {config.eval_data}")
     elif config.data is not None:
-        announce("reasoning", "not measured; --eval steps measures it on GSM8K, from the hub")
-    calibration = calibrate(teacher, task.calibration, hidden_size)
+        announce("reasoning", "not measured; --eval-data openai/gsm8k:main:test would")
+    return task, hidden_size
+
+
+def calibration_in(path, task, hidden_size):
+    """The calibration that a file holds; if there is none, it is made. UserError: damaged."""
+    if gather(path.is_file())[0]:
+        with as_user_error(f"{path} {DAMAGED}"):
+            calibration = Calibration(**torch.load(path, "cpu", weights_only=True))
+    else:  # of the first process, for all: GPUs may differ in the last digit
+        calibration = gather(calibrate(task.teacher, task.calibration, hidden_size))[0]
+        write(path, vars(calibration))
     for kind, energy in calibration.energy.items():
-        same = f"{calibration.agreement[kind]:.0%} (chance: {hidden_size / width:.0%})"
-        kept = f"{energy:.0%} of the stream's energy, and two halves of the samples agree on {same}"
-        announce("calibration", f"{hidden_size} {kind} hold {kept}")
-    return task, calibration
+        same, chance = calibration.agreement[kind], hidden_size / len(calibration.importance)
+        text = f"{hidden_size} {kind} hold {energy:.0%} of the stream's energy, and two halves of"
+        announce("calibration", f"{text} the samples agree on {same:.0%} (chance: {chance:.0%})")
+    return calibration
 
 
 def train_student(method, config, folder, student, task, scales):
@@ -1272,9 +1257,9 @@ def train_student(method, config, folder, student, task, scales):
     if done == 0:
         records = [{"step": 0, "tokens": 0, "held_out": measure_model(student.model, task, config)}]
     else:  # what came after the checkpoint will come again
-        with as_user_error(f"{metrics} {DAMAGED}"):
+        with as_user_error(f"{metrics} is damaged ({{}}); delete {folder} to train anew."):
             records = [json.loads(line) for line in metrics.read_text().splitlines()[: done + 1]]
-            refuse(records[done]["step"] != done, f"{metrics} lacks steps; use --overwrite.")
+            refuse(records[done]["step"] != done, f"{metrics} lacks steps; delete {folder}.")
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
 
     measure_every, save_every = config.measure_every, config.save_every
@@ -1283,9 +1268,13 @@ def train_student(method, config, folder, student, task, scales):
     loop = distill(task.teacher, student, batches, config, scales, optimizer, done)
     bar = progress(loop, method, delay=0, initial=done, total=config.steps)
     SIGNALS.update(wait=True)
+    started = time.perf_counter()
     with open(metrics, "a") as file:
         for record in bar:
             step, tokens = record["step"], int(record["tokens"])
+            if step == done + 5:  # enough to tell how long the rest will take
+                rest = (time.perf_counter() - started) / 5 * (config.steps - step) / 3600
+                announce("time", f"{method}: about {rest:.2f} hours of training remain")
             record["tokens_per_second"] = tokens / record.pop("seconds")
             record["tokens"] = step * tokens
             bar.set_postfix(nats=record["cross_entropy"], refresh=False)
@@ -1309,9 +1298,6 @@ def make_student(method, config, task, calibration, teacher_row):
     folder, teacher = Path(config.out) / method, task.teacher
     hidden_size = calibration.bases["channels"].shape[1]
     student = new_student(method, teacher, hidden_size, calibration, config.seed)
-    if process()[1] > 1:  # GPUs may differ in the last digit
-        for parameter in student.parameters():
-            torch.distributed.broadcast(parameter.data, 0)
     records = train_student(method, config, folder, student, task, calibration.scales)
     if process()[0] == 0:  # the merged student is a standard checkpoint (App. C)
         student.model.generation_config = teacher.generation_config
@@ -1363,8 +1349,8 @@ def measure_model(model, task, config, folder=None):
 def make_students(config):
     """All the students of a command: label -> summary, the teacher's first."""
     out, settings, rows = Path(config.out), settings_of(config), {}
-    open_folder(out, settings, config.overwrite)
-    for method in config.methods if not config.overwrite else ():
+    open_folder(out, settings)
+    for method in config.methods:
         finished, exported = out / method / "summary.json", out / method / "student" / "config.json"
         if finished.is_file() and exported.is_file():
             load_teacher(str(exported.parent))  # says if it is damaged
@@ -1373,9 +1359,9 @@ def make_students(config):
                 rows[method] = json.loads(finished.read_text())
                 table(rows | {"teacher": rows[method]["teacher"]})  # or something is missing
     if len(rows) < len(config.methods):
-        task, calibration = set_up(config)
-        # No student is made or replaced before the input is known to be good.
-        begin(out, settings, config.overwrite)
+        task, hidden_size = set_up(config)
+        begin(out, settings)  # only now, when the input is known to be good
+        calibration = calibration_in(out / "calibration.pt", task, hidden_size)
         measured = out / "teacher.json"
         if not measured.is_file():
             write(measured, measure_model(task.teacher, task, config, out))
@@ -1390,7 +1376,7 @@ def make_students(config):
     return rows
 
 
-# ==== Table ===================================================================================
+# ==== Table and picture =======================================================================
 
 
 def table_cells(row):
@@ -1402,8 +1388,6 @@ def table_cells(row):
             cells[f"{name}|written"] = f"{row['chains']['written'][length - 1]:.0%}"
         cells["pairs|written"] = f"{row['pairs']['written']:.0%}"
         cells["5 steps|chosen"] = f"{row['chains']['chosen'][4]:.0%}"
-    else:
-        cells["per-|plexity"] = f"{row['perplexity']:.4g}"
     if "results" in row:
         cells["results|right"] = f"{row['results']:.0%}"
         for heading, right in zip(("|1st", "|2nd", "|3rd+"), row["by_step"]):
@@ -1433,6 +1417,21 @@ def table(rows):
         text.append("is given: reasoning. other tokens of these solutions: general ability.")
     text.append("loss: held out, nats per token. eRank: after a block, each token at RMS 1.")
     return "\n".join(text)
+
+
+def draw(rows, path):
+    """Held-out loss and effective rank (§4) over training, drawn. ImportError: no matplotlib."""
+    from matplotlib.figure import Figure  # optional: nothing else needs it
+
+    panels = {"loss": "held-out loss in nats", "erank": "effective rank, mean of the blocks"}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, (name, title) in zip(figure.subplots(1, 2), panels.items()):
+        for marker, (label, row) in zip("oDv^sP", list(rows.items())[1:]):
+            curve = {at["step"]: torch.tensor(at["held_out"][name]).mean() for at in row["curve"]}
+            axes.plot(list(curve), list(curve.values()), f"{marker}-", mfc="none", label=label)
+        axes.set(title=title, xlabel="training step")
+    axes.legend()
+    figure.savefig(path)
 
 
 # ==== Command line ============================================================================
@@ -1506,7 +1505,7 @@ def make_parser():
     options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "exit_on_error": False}
     parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
     groups = {"model": "teacher and students", "data": "text", "steps": "training"}
-    groups |= {"eval": "evaluation", "out": "output"}  # by their first flags
+    groups |= {"eval_data": "evaluation", "out": "output"}  # by their first flags
     for action in parser._optionals._group_actions[1:]:
         action.option_strings = action.option_strings[-1:]  # --batch_size is understood, too
         if action.choices is None:
@@ -1558,9 +1557,7 @@ def fill_in(config, parser):
     config.out = "-".join(name)[:200] if config.out is None else config.out
     if is_tiny(config):
         return
-    local = files_of(config.model) or files_of(config.data)
-    config.eval = config.eval or ("none" if local and config.eval_data is None else "steps")
-    if config.eval == "steps" and config.eval_data is None:
+    if config.eval_data is None and not (files_of(config.model) or files_of(config.data)):
         config.eval_data = "openai/gsm8k:main:test"
     if config.data is None:
         config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -1580,13 +1577,13 @@ def check(config):
         refuse("data" in name and value and not config.model, f"{flag} needs --model, the teacher.")
         if name in ("model", "data", "eval_data") and value is not None and config.out:
             path, out = Path(value).resolve(), Path(config.out).resolve()
-            inside = os.path.exists(value) and (out in (path, *path.parents) or path in out.parents)
-            refuse(inside, f"--out {config.out} and {value} lie in each other; name another --out.")
+            inside = path in (out, *out.parents)
+            refuse(inside, f"--out {config.out} lies in {value}, which is read; name another.")
     refuse(not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     wrong = sorted(set(config.methods) & set(METHODS)) != sorted(config.methods)
     refuse(wrong, f"--methods takes {', '.join(METHODS)}, once each; got {config.methods}.")
-    wanted = config.eval == "steps" or config.eval_data is not None
-    refuse(wanted and is_tiny(config), "--eval is not for the tiny world: its questions are fixed.")
+    asked = config.eval_data is not None and is_tiny(config)
+    refuse(asked, "--eval-data is not for the tiny world: its questions are fixed.")
     trained = {config.data, *files_of(config.data)} - {None}
     seen = trained & {config.eval_data, *files_of(config.eval_data)}
     refuse(seen, "--eval-data is part of --data, and would be trained on; name another.")
@@ -1608,7 +1605,12 @@ def carry_out(config):
             print(textwrap.fill(text, 100, subsequent_indent=" " * 19))
         for method in config.methods:
             announce("student", f"{config.out}/{method}/student, for AutoModelForCausalLM")
-    if process()[1] > 1:  # its threads must not outlive Python
+        try:
+            draw(rows, f"{config.out}/curves.png")
+            announce("picture", f"{config.out}/curves.png")
+        except ImportError:
+            announce("picture", "none, as there is no matplotlib: pip install matplotlib")
+    if torch.distributed.is_initialized():  # its threads must not outlive Python
         torch.distributed.destroy_process_group()
 
 
@@ -1624,7 +1626,7 @@ def main(arguments=None):
         carry_out(parse_arguments(arguments))
         return 0
     except KeyboardInterrupt:
-        code, text = 130, "interrupted; run the same command without --overwrite to resume."
+        code, text = 130, "interrupted; run the same command to resume."
     except UserError as error:
         code, text = 2, str(error)
     except FloatingPointError as error:
@@ -1634,8 +1636,6 @@ def main(arguments=None):
         text += "; once that is fixed, run the same command to resume."
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             text = "out of memory; try a smaller --batch-size or --seq-len."
-        elif "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
-            text = "a checkpoint cannot be written, is the disk full? The same command goes on."
         elif isinstance(error, RuntimeError) and process()[1] == 1:
             raise  # with several, it is how torch.distributed says that another process is gone
     if os.environ.get("RANK", "0") != "0":
