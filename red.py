@@ -1273,8 +1273,8 @@ def train_student(method, config, folder, student, task, scales):
         for record in bar:
             step, tokens = record["step"], int(record["tokens"])
             if step == done + 5:  # enough to tell how long the rest will take
-                rest = (time.perf_counter() - started) / 5 * (config.steps - step) / 3600
-                announce("time", f"{method}: about {rest:.2f} hours of training remain")
+                rest = (time.perf_counter() - started) / 5 * (config.steps - step)
+                announce("time", f"{method}: about {tqdm.format_interval(rest)} of training remain")
             record["tokens_per_second"] = tokens / record.pop("seconds")
             record["tokens"] = step * tokens
             bar.set_postfix(nats=record["cross_entropy"], refresh=False)
