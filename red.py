@@ -1522,8 +1522,8 @@ def parse_words(parser, arguments):
     with as_user_error("{}; python red.py --help lists every flag."):
         options = {"look_for_args_file": False, "return_remaining_strings": True}
         config, rest = parser.parse_args_into_dataclasses(arguments, **options)
-    near = difflib.get_close_matches(str(rest[:1]), parser._option_string_actions, 1) or ["--help"]
-    refuse(rest, f"there is no flag {' '.join(rest)}; the nearest is {near[0]}.")
+    (near,) = difflib.get_close_matches(str(rest[:1]), parser._option_string_actions, 1, 0)
+    refuse(rest, f"there is no flag {' '.join(rest)}; the nearest is {near.replace('_', '-')}.")
     return config
 
 
