@@ -285,8 +285,8 @@ def calibrate(teacher, batches, hidden_size):
     moment = whole["moment"].float().cpu()
     energy = {k: ((b.T @ moment @ b).trace() / moment.trace()).item() for k, b in bases.items()}
     # The mean squared cosine between two spaces; of two selections, the share in common.
-    cosines = {kind: (of_front[kind].T @ of_back[kind]).square().sum().item() for kind in bases}
-    agreement = {kind: total / hidden_size for kind, total in cosines.items()}
+    shared = {kind: (of_front[kind].T @ of_back[kind]).square().sum().item() for kind in bases}
+    agreement = {kind: total / hidden_size for kind, total in shared.items()}
 
     scales = {name: max(whole[name].item() / whole["tokens"], 1e-12) for name in aligned}
     scores = channel_importance(whole, norms).cpu()
@@ -879,12 +879,12 @@ def step_scores(model, problems, batch_size):
     answers, for general ability. Also `by_problem`: for each, which results are right.
     """
     by_step, others, rows = [[], [], []], [], []
-    for done in progress(range(0, len(problems), batch_size), "steps"):
-        some = problems[done : done + batch_size]
+    for first in progress(range(0, len(problems), batch_size), "steps"):
+        some = problems[first : first + batch_size]
         for problem, logits in zip(some, answer_logits(model, some)):
             start, said = problem["answer_at"], logits.argmax(-1).tolist()
             right = [a == b for a, b in zip(problem["ids"][start:], said, strict=True)]
-            spans = [range(first - start, end - start) for first, end in problem["results"]]
+            spans = [range(a - start, b - start) for a, b in problem["results"]]
             results = [all(right[i] for i in span) for span in spans]
             others += [right[i] for i in set(range(len(right))).difference(*spans)]
             rows.append({"prompt": problem["prompt"], "right": results})
@@ -957,6 +957,7 @@ def open_documents(source, flag):
     files, options = files_of(source), {"path": source, "split": "train"}
     reader = FILE_READERS.get(Path(source).suffix)
     with as_user_error(f"cannot read the data {source!r} ({{}}); {advice}"):
+        refuse(os.path.isdir(source) and glob.has_magic(source), f"rename {source}, without *?[.")
         if os.path.isfile(source) or reader and not os.path.isdir(source):
             usable = reader and files and all(path.stat().st_size > 0 for path in files)
             refuse(not usable, f"{source} is no file with text; {advice}")
@@ -1073,16 +1074,15 @@ LOCKS = []  # folders locked by this process until it exits
 
 def write(path, value):
     """Write text, tensors (a .pt file), or any other value as JSON. UserError: it cannot be."""
-    if process()[0] > 0:
-        return
-    beside = path.with_name(path.name + ".partial")
-    with as_user_error(f"cannot write {path} ({{}}); is the disk full? The same command goes on."):
-        if path.suffix == ".pt":
-            torch.save(value, beside)
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, indent=1)
-            beside.write_text(text, "utf-8", "replace")
-        os.replace(beside, path)
+    if process()[0] == 0:
+        beside = path.with_name(path.name + ".partial")
+        with as_user_error(f"cannot write {path} ({{}}): disk full? The same command goes on."):
+            if path.suffix == ".pt":
+                torch.save(value, beside)
+            else:
+                text = value if isinstance(value, str) else json.dumps(value, indent=1)
+                beside.write_text(text, "utf-8", "replace")
+            os.replace(beside, path)
 
 
 def settings_of(config):
@@ -1115,11 +1115,11 @@ def open_folder(folder, settings):
     with as_user_error(sentence):
         stored = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         refuse(stored["program"] != "red.py", sentence)
-    settings |= stored | settings  # a commit that is out of reach now is as it was
-    pairs = [(k, stored[k], settings[k]) for k in sorted(stored) if stored[k] != settings[k]]
+    settings |= {k: v for k, v in stored.items() if "on the hub" in k} | settings  # out of reach
+    pairs = [(k, stored.get(k), settings.get(k)) for k in sorted(stored | settings)]
+    pairs = [(k, a, b) for k, a, b in pairs if a != b and (a or "on the hub" not in k)]
     different = "; ".join(f"{name}: {there} there, {here} here" for name, there, here in pairs)
-    advice = f"({different}); name another --out, or delete that folder."
-    refuse(pairs, f"{folder} holds a run with other settings {advice}")
+    refuse(pairs, f"{folder} holds other settings ({different}); delete it, or name another --out.")
 
 
 def begin(folder, settings):
@@ -1141,7 +1141,7 @@ def save_checkpoint(folder, step, student, optimizer):
     if process()[0] == 0:
         folder.mkdir(exist_ok=True)
         write(folder / f"step-{step:07}.pt", state)
-        for path in sorted(folder.glob("step-*.pt"))[:-2]:
+        for path in [*folder.glob("*.partial"), *sorted(folder.glob("step-*.pt"))[:-2]]:
             path.unlink()
     gather()
 
@@ -1238,8 +1238,8 @@ def calibration_in(path, task, hidden_size):
     if gather(path.is_file())[0]:
         with as_user_error(f"{path} {DAMAGED}"):
             calibration = Calibration(**torch.load(path, "cpu", weights_only=True))
-    else:  # of the first process, for all: GPUs may differ in the last digit
-        calibration = gather(calibrate(task.teacher, task.calibration, hidden_size))[0]
+    else:
+        calibration = calibrate(task.teacher, task.calibration, hidden_size)
         write(path, vars(calibration))
     for kind, energy in calibration.energy.items():
         same, chance = calibration.agreement[kind], hidden_size / len(calibration.importance)
@@ -1268,12 +1268,11 @@ def train_student(method, config, folder, student, task, scales):
     loop = distill(task.teacher, student, batches, config, scales, optimizer, done)
     bar = progress(loop, method, delay=0, initial=done, total=config.steps)
     SIGNALS.update(wait=True)
-    started = time.perf_counter()
     with open(metrics, "a") as file:
         for record in bar:
             step, tokens = record["step"], int(record["tokens"])
             if step == done + 5:  # enough to tell how long the rest will take
-                rest = (time.perf_counter() - started) / 5 * (config.steps - step)
+                rest = record["seconds"] * (config.steps - step)
                 announce("time", f"{method}: about {tqdm.format_interval(rest)} of training remain")
             record["tokens_per_second"] = tokens / record.pop("seconds")
             record["tokens"] = step * tokens
@@ -1298,6 +1297,9 @@ def make_student(method, config, task, calibration, teacher_row):
     folder, teacher = Path(config.out) / method, task.teacher
     hidden_size = calibration.bases["channels"].shape[1]
     student = new_student(method, teacher, hidden_size, calibration, config.seed)
+    if process()[1] > 1:  # GPUs may differ in the last digit
+        for parameter in student.parameters():
+            torch.distributed.broadcast(parameter.data, 0)
     records = train_student(method, config, folder, student, task, calibration.scales)
     if process()[0] == 0:  # the merged student is a standard checkpoint (App. C)
         student.model.generation_config = teacher.generation_config
@@ -1577,13 +1579,11 @@ def check(config):
         refuse("data" in name and value and not config.model, f"{flag} needs --model, the teacher.")
         if name in ("model", "data", "eval_data") and value is not None and config.out:
             path, out = Path(value).resolve(), Path(config.out).resolve()
-            inside = path in (out, *out.parents)
-            refuse(inside, f"--out {config.out} lies in {value}, which is read; name another.")
+            refuse(path in (out, *out.parents), f"--out {out} lies in {value}; name another --out.")
     refuse(not 0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     wrong = sorted(set(config.methods) & set(METHODS)) != sorted(config.methods)
     refuse(wrong, f"--methods takes {', '.join(METHODS)}, once each; got {config.methods}.")
-    asked = config.eval_data is not None and is_tiny(config)
-    refuse(asked, "--eval-data is not for the tiny world: its questions are fixed.")
+    refuse(config.eval_data and is_tiny(config), "--eval-data is not for the tiny world.")
     trained = {config.data, *files_of(config.data)} - {None}
     seen = trained & {config.eval_data, *files_of(config.eval_data)}
     refuse(seen, "--eval-data is part of --data, and would be trained on; name another.")
@@ -1608,8 +1608,8 @@ def carry_out(config):
         try:
             draw(rows, f"{config.out}/curves.png")
             announce("picture", f"{config.out}/curves.png")
-        except ImportError:
-            announce("picture", "none, as there is no matplotlib: pip install matplotlib")
+        except Exception as error:  # whatever is wrong with matplotlib, the run is finished
+            announce("picture", f"none ({error}); it needs matplotlib: pip install matplotlib")
     if torch.distributed.is_initialized():  # its threads must not outlive Python
         torch.distributed.destroy_process_group()
 

@@ -1377,7 +1377,7 @@ def test_a_run_draws_its_curves_or_says_what_is_missing(real, tmp_path, monkeypa
             assert call.args[0] == [0, 2]
             torch.testing.assert_close(torch.stack(call.args[1]), values.mean(1))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert red.main(words) == 0 and "there is no matplotlib" in capsys.readouterr().out
+    assert red.main(words) == 0 and "it needs matplotlib" in capsys.readouterr().out
 
 
 def test_the_table_has_at_most_100_columns_and_only_what_is_measured():
@@ -1524,6 +1524,28 @@ def test_a_newer_commit_on_the_hub_is_named_and_an_older_copy_goes_on(tmp_path, 
     commits |= {"some/teacher": "c5", "some/text": "c2"}
     with pytest.raises(red.UserError, match="model on the hub: c1 there, c5 here"):
         red.open_folder(tmp_path / "run", red.settings_of(config))
+
+
+def test_settings_are_compared_on_both_sides(real, tmp_path, monkeypatch, capsys):
+    first = {"program": "red.py", "model": "a", "data": "b"}
+    differences = [{"model on disk": "1 byte"}, {"processes": 2}, {"alpha": 0}]
+    for number, more in enumerate(differences):
+        for there, here in ((first, first | more), (first | more, first)):
+            folder = tmp_path / f"{number}-{len(there)}"
+            red.begin(folder, dict(there))
+            with pytest.raises(red.UserError, match="other settings"):
+                red.open_folder(folder, dict(here))
+    folder, commit = tmp_path / "hub", {"model on the hub": "c1"}
+    red.begin(folder, dict(first))  # offline: its commit is not known
+    red.open_folder(folder, first | commit)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(real / "teacher", tmp_path / "runs/tiny-llama-0")
+    values = {"program": "red.py", "tiny_config": red.read_tiny_config(), "seed": 0}
+    red.write(tmp_path / "runs/tiny-llama-0/settings.json", values)
+    red.write(tmp_path / "runs/tiny-llama-0/summary.json", {"steps": 1500})
+    before = sorted(tmp_path.rglob("*"))
+    assert red.main(["--steps", "1", "--out", "runs/tiny-llama-0"]) == 2  # the teacher's own
+    assert "other settings" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
 
 
 def test_one_command_at_a_time_in_a_folder(real, tmp_path, capfd):
@@ -1967,7 +1989,7 @@ def bad_inputs():
     yield "data without a model", ["--data", "x.txt"], "--model"
     yield "empty model", ["--model", ""], "--model"
     yield "empty data", [*model, "--data", ""], "is empty"
-    yield "a folder like a pattern", [*model, "--data", "{dir}/a[1]"], "a[1]"
+    yield "a folder like a pattern", [*model, "--data", "{dir}/a[1]"], "rename"
     yield "empty out", [*model, "--out", ""], "--out"
     yield "questions for the tiny world", ["--eval-data", "x.jsonl"], "--eval-data"
     given = ["--eval-data", "{dir}/broken/../data.txt"]
