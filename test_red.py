@@ -937,7 +937,7 @@ def test_red_keeps_more_effective_rank_than_lrc_and_pca_starts_lower():
             pass
         ends[method] = red.evaluate(student.model, held_out)
         kept[method] = sum(ends[method]["erank"]) / sum(starts[method]["erank"])
-    assert kept["lrc"] < kept["red"]  # by 0.1 to 0.3 with seeds 0 to 2
+    assert kept["lrc"] < kept["red"]  # by 0.09 to 0.21 with seeds 0 to 2
     assert ends["red"]["loss"] < ends["lrc"]["loss"] - 0.3
     assert starts["pca"]["loss"] < starts["red"]["loss"] - 0.5
     assert calibration.energy["directions"] > calibration.energy["channels"]
