@@ -59,6 +59,7 @@ METHODS = {  # by where all projections start
     "orthogonal": "a random orthonormal basis for each matrix: the paper's ablation",
     "lrc": "random numbers for each matrix: Low-Rank Clone",
 }
+MUON_RATE, TINY_MUON_RATE = 1e-3, 3e-2  # the learning rates of --optimizer muon
 
 
 def setting(default, help, **options):
@@ -719,7 +720,6 @@ def write(path, value):
 TINY_DEFAULTS = dict(methods=("red", "lrc"), steps=100, batch_size=64, seq_len=48)
 TINY_DEFAULTS.update(learning_rate=1e-2, measure_every=10, save_every=0)
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
-TINY_TEACHER_STEPS = 1500
 TINY_ALPHABET = "0123456789+-*=?;#:" + string.ascii_lowercase + "\n"
 TINY_WORDS = ["".join(random.Random(i).choices(string.ascii_lowercase, k=4)) for i in range(120)]
 TINY_PAIRS = [(f"{a}:", f"{b}\n") for a, b in zip(TINY_WORDS[::2], TINY_WORDS[1::2])]
@@ -733,9 +733,7 @@ def random_chain(length, generator):
 
 
 def chain_text(first, operations, slip=None, amount=0):
-    """A chain as (prompt, answer): `7+5-3=?`, and `7+5=2;2-3=9#9` with a line's end; slip: the
-    place of a result that is wrong by an amount, where the rest goes on from there.
-    """
+    """A chain as (prompt, answer): `7+5-3=?` and `7+5=2;2-3=9#9`; slip: the place of an error."""
     prompt, results, value = str(first), [], first
     for place, (sign, operand) in enumerate(operations):
         prompt += f"{sign}{operand}"
@@ -778,7 +776,7 @@ def tiny_tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\n")
 
 
-def tiny_teacher(config, seed, steps=TINY_TEACHER_STEPS):
+def tiny_teacher(config, seed, steps=1500):
     """Train the tiny world's teacher, of a transformers config: a frozen model."""
     torch.manual_seed(seed)
     teacher = AutoModelForCausalLM.from_config(config).float()
@@ -855,7 +853,8 @@ def encode_answer(prompt, answer, tokenizer):
     places, results = encoded["offset_mapping"], []
     answer_at = next(i for i, (_, end) in enumerate(places) if end > len(prompt))
     for match in re.compile(r"=([^<>=]+>)>").finditer(prompt + answer, len(prompt)):
-        inside = [i for i, (a, b) in enumerate(places) if a < match.end(1) and b > match.start(1)]
+        start, end = match.span(1)
+        inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
         if inside:
             results.append((inside[0], inside[-1] + 1))
     return {"ids": encoded["input_ids"], "answer_at": answer_at, "results": results}
@@ -902,25 +901,26 @@ def tiny_questions(count):
 
 
 def tiny_scores(model, tokenizer, count=200):
-    """The shares of `pairs` and, by length, `chains` that are `chosen` among four by likelihood and
-    `written` by the model, right: all of a pair, the last digit of a chain (§6).
-    """
+    """The shares of `pairs` and, by length, `chains` that are `chosen` and `written` right (§6)."""
     chosen, written = [], []
     for questions in tiny_questions(count):
         chosen.append(share_chosen(model, tokenizer, questions))
         prompts, truths = zip(*[(prompt, answers[0]) for prompt, answers in questions])
         longest = max(map(len, tokenizer(list(truths))["input_ids"]))
         answers = generate(model, tokenizer, list(prompts), longest)
-        ends = [[text.strip().split("#")[-1] for text in texts] for texts in (answers, truths)]
-        written.append(statistics.fmean([end == truth for end, truth in zip(*ends)]))
+        right = []
+        for answer, truth in zip(answers, truths):
+            right.append(answer.strip().split("#")[-1] == truth.strip().split("#")[-1])
+        written.append(statistics.fmean(right))
     scores = {"pairs": {"chosen": chosen[0], "written": written[0]}}
     scores["chains"] = {"chosen": chosen[1:], "written": written[1:]}
     return scores | {"example": prompts[0] + answers[0].strip()}
 
 
 def result_scores(model, problems, batch_size):
-    """The shares of `results` that a model gets right, given all text before, and of `other_tokens`
-    of the answers, for general ability (§6) [new]. problems: a list by `encode_answer`.
+    """The shares right of `results`, given all text before, and of `other_tokens` (§6) [new].
+
+    problems: a list by `encode_answer`. Other tokens stand for general ability.
     """
     results, others = [], []
     for first in range(0, len(problems), batch_size):
@@ -928,9 +928,9 @@ def result_scores(model, problems, batch_size):
         for problem, logits in zip(few, answer_logits(model, few)):
             start, written = problem["answer_at"], logits.argmax(-1).tolist()
             right = [a == b for a, b in zip(problem["ids"][start:], written, strict=True)]
-            spans = [slice(begin - start, end - start) for begin, end in problem["results"]]
-            results += [all(right[span]) for span in spans]
-            for span in reversed(spans):
+            for begin, end in reversed(problem["results"]):
+                span = slice(begin - start, end - start)
+                results.append(all(right[span]))
                 del right[span]
             others += right
     return {"results": statistics.fmean(results), "other_tokens": statistics.fmean(others)}
@@ -960,8 +960,7 @@ class Task:
 def load_teacher(name):
     """A frozen teacher and its tokenizer, from a folder or the hub (§3). UserError: unusable."""
     options = {"trust_remote_code": False}  # nor is anybody asked whether to
-    needed = "config, safetensors and tokenizer.json, or the package sentencepiece"
-    with as_user_error(f"cannot load {name} ({{}}); it needs {needed}."):
+    with as_user_error(f"cannot load {name} ({{}}): is a file missing, or sentencepiece?"):
         config = AutoConfig.from_pretrained(name, **options)
         kind = "quantised" if hasattr(config, "quantization_config") else config.model_type
         require(kind in FAMILIES, f"{name} is {kind}; supported: {', '.join(FAMILIES)}.")
@@ -997,9 +996,7 @@ def files_of(source):
 
 
 def rows_of(path):
-    """The rows of a file as dicts: only the columns that are needed, and JSON's numbers as written.
-    Of a .txt file blank lines separate documents or, if there are none, each line is one.
-    """
+    """The rows of a file as dicts: only the columns needed, and JSON's numbers as written."""
     if path.suffix == ".parquet":
         file = pyarrow.parquet.ParquetFile(path)
         wanted = FIELDS.intersection(file.schema_arrow.names) or None
@@ -1009,8 +1006,11 @@ def rows_of(path):
     with open(path, encoding="utf-8-sig") as file:  # a byte order mark is no text
         if path.suffix == ".txt":
             text = file.read().strip()
+            # Blank lines separate documents or, if there are none, each line is one.
             documents = re.split(r"\n\s*\n", text)
-            for document in documents if len(documents) > 1 else text.splitlines():
+            if len(documents) == 1:
+                documents = text.splitlines()
+            for document in documents:
                 yield {"text": document}
         elif path.suffix == ".json":
             yield from json.load(file, **AS_WRITTEN)
@@ -1026,7 +1026,8 @@ def document_of(row, where):
     Numbers and booleans are text, too, and null is "". UserError: it has neither, or more.
     """
     row = row if isinstance(row, dict) else {"no object": row}
-    known, held = "text" in row or {"question", "answer"} <= row.keys(), ", ".join(row)
+    known = "text" in row or {"question", "answer"} <= row.keys()
+    held = ", ".join(row)
     require(known, f"{where} lacks a `text`, or `question` and `answer`; it has {held}.")
     text = dict.fromkeys(FIELDS, "")
     for name in FIELDS & row.keys():
@@ -1051,9 +1052,7 @@ def local_documents(files):
 
 
 def open_documents(source, flag):
-    """A streaming dataset of `document_of` every row of a file, a pattern of files, a folder, or of
-    the hub's NAME[:CONFIG[:SPLIT]]. UserError: it cannot be read.
-    """
+    """A streaming dataset of `document_of` every row: of files, or of a hub's NAME:CONFIG:SPLIT."""
     import datasets  # here, because it takes seconds and the tiny world needs none of it
 
     datasets.disable_progress_bars()
@@ -1072,9 +1071,7 @@ def open_documents(source, flag):
 
 
 def packed(documents, task, batch_size, seq_len):
-    """Batches cut from one long string of tokens, each document's with an end. UserError: a token
-    has no row in the teacher's embedding.
-    """
+    """Batches cut from one string of tokens. UserError: one has no row in the embedding."""
     tokens, size, tokenizer = [], batch_size * seq_len, task.tokenizer
     end, vocabulary = tokenizer.eos_token_id, task.teacher.config.vocab_size
     for document in documents:
@@ -1130,6 +1127,7 @@ def open_task(config, name):
     if config.eval_data not in (None, "none"):
         asked = open_documents(config.eval_data, "--eval-data").filter(lambda row: row["prompt"])
         asked = asked.take(config.eval_problems)
+        list(packed(asked, task, 1, length))  # their tokens are known to the teacher
         task.problems = [encode_answer(**row, tokenizer=task.tokenizer) for row in asked]
         annotated = any(problem["results"] for problem in task.problems)
         require(annotated, f"--eval-data {config.eval_data} has no results as in <<48/2=24>>.")
@@ -1235,12 +1233,16 @@ def tiny_teacher_folder(config):
     # Another tiny_config.json, or another seed, is another teacher.
     name = f"tiny-{config.seed}-{zlib.crc32(TINY_CONFIG.read_bytes()):08x}"
     folder = Path(config.out).parent / name
-    if process()[0] == 0 and not (folder / "tokenizer.json").is_file():  # it is saved last
-        announce("teacher", f"training one, {TINY_TEACHER_STEPS} steps, all anew if interrupted")
+    if process()[0] == 0 and not folder.is_dir():
+        announce("teacher", "training one, all anew if interrupted")
         with as_user_error(f"{TINY_CONFIG.name} makes no teacher ({{}})."):
             teacher_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
-            tiny_teacher(teacher_config, config.seed).save_pretrained(folder)
-        tiny_tokenizer().save_pretrained(folder)
+            teacher = tiny_teacher(teacher_config, config.seed)
+        partial = f"{folder}-{os.getpid()}.partial"
+        teacher.save_pretrained(partial)
+        tiny_tokenizer().save_pretrained(partial)
+        with contextlib.suppress(OSError):  # another command was faster, with the same teacher
+            os.rename(partial, folder)
     gather()
     return folder
 
@@ -1250,8 +1252,8 @@ def announce_plan(config, name, task, hidden_size):
     wide, place = task.teacher.config, f"{process()[1]} x {task.teacher.device}"
     announce("students", f"width {hidden_size} of {wide.hidden_size} of {name}, on {place}")
     if wide.tie_word_embeddings and set(config.methods) & set(ROTATIONS):
-        more = f"{wide.vocab_size * hidden_size:,} parameters"
-        announce("note", f"rotations ({', '.join(ROTATIONS)}) have a head of their own, {more}")
+        more = wide.vocab_size * hidden_size
+        announce("note", f"rotations untie the head, {more:,} weights more")
     if config.model and hidden_size % 32:
         announce("note", "width no multiple of 32: llama.cpp cannot quantise all of it")
     if serves_as_llama(wide):
@@ -1353,8 +1355,6 @@ def run(config):
 # ==== Command line ============================================================================
 # One sentence on stderr. Exit code 2: the user can mend it; 1: a run broke off; 130: interrupted.
 
-MUON_RATE, TINY_MUON_RATE = 1e-3, 3e-2
-
 
 def table(rows):
     """Label -> summary, as text: a line for each, and a legend."""
@@ -1453,8 +1453,8 @@ def carry_out(config):
     rows = run(config)
     if process()[0] == 0:
         print(f"\n{table(rows)}\n")
-        for label, row in rows.items():
-            print(f"{label:<17}  {row.get('example', '')}".rstrip())
+        for label in rows if "example" in rows["teacher"] else []:
+            print(f"{label:<17}  {rows[label]['example']}")
         print(f"\nstudents in {config.out}; python .github/draw.py {config.out} draws their curves")
     if torch.distributed.is_initialized():  # its threads must not outlive Python
         torch.distributed.destroy_process_group()

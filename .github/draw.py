@@ -1,49 +1,205 @@
-"""Draw the README's picture: python .github/draw.py runs/half-0 runs/half-1 runs/half-2
+"""Draw what runs have measured; needs matplotlib.
 
-One folder of the tiny world's runs for each seed; needs matplotlib, and writes compare.png here.
+    python .github/draw.py OUT             a run's held-out loss and effective rank: OUT/curves.png
+    python .github/draw.py --study RUNS    the study's pictures, beside this file
+
+RUNS holds the study's runs by the names of its commands: wRATIO-OPTIMIZER-SEED are the tiny
+world's, long-OPTIMIZER-METHOD a real teacher's. In watch-OPTIMIZER.jsonl each line has of one step
+of lrc the "step", "erank" and "similarity" by block, and by matrix "values", every 8th singular
+value, and "spread", the largest over the mean.
 """
 
 import json
 import sys
+from pathlib import Path
+from statistics import fmean as mean
 
 try:
     from matplotlib.figure import Figure
+    from PIL import Image  # comes with it
 except ImportError:
-    sys.exit("draw.py needs matplotlib: pip install matplotlib")
+    print("draw.py needs matplotlib: pip install matplotlib", file=sys.stderr)
+    sys.exit(2)
 
-STYLES = {"teacher": "k*-", "red": "C3o-", "pca": "C0D--", "lrc": "C1v:", "orthogonal": "C2^:"}
-STYLES |= {"shared-orthogonal": "C4s-.", "random-selection": "C5P-."}
-
-
-def draw(axes, x, values, label, shift=0):
-    """The mean of the seeds, values a list for each, with a band from the least to the most."""
-    x, columns = [number + shift for number in x], list(zip(*values))
-    mean = [sum(column) / len(column) for column in columns]
-    axes.plot(x, mean, STYLES[label], label=label, fillstyle="none", markersize=8)
-    band = list(map(min, columns)), list(map(max, columns))
-    axes.fill_between(x, *band, color=axes.lines[-1].get_color(), alpha=0.15)
+STYLES = {"teacher": ("k", "*", "-"), "red": ("C3", "o", "-"), "red-variance": ("C6", "X", "--")}
+STYLES |= {"pca": ("C0", "D", "-."), "random-selection": ("C5", "P", "--")}
+STYLES |= {"shared-orthogonal": ("C4", "s", "-."), "orthogonal": ("C2", "^", ":")}
+STYLES |= {"lrc": ("C1", "v", ":")}
+OPTIMIZERS = {"adam": (":", "none"), "muon": ("-", "full")}  # dotted and hollow, solid and filled
+HERE, LOSS = Path(__file__).resolve().parent, "held-out loss, nats per token"
 
 
-seeds = [json.load(open(f"{folder}/summary.json")) for folder in sys.argv[1:]]
-figure = Figure(figsize=(12, 4.8), layout="constrained")
-ability, training = figure.subplots(1, 2)
-for number, label in enumerate(seeds[0]):
-    rows = [seed[label] for seed in seeds]
-    draw(ability, [0], [[row["pairs"]["chosen"]] for row in rows], label, 0.06 * number)
-    draw(ability, range(1, 6), [row["chains"]["written"] for row in rows], label, 0.06 * number)
-    if label != "teacher":
-        curves = [row["curve"] for row in rows]
-        means = [[sum(point["held_out"]["erank"]) / 3 for point in curve] for curve in curves]
-        draw(training, [point["step"] for point in curves[0]], means, label)
+def draw(axes, x, columns, method, optimizer=None):
+    """A line of means with a band from the least to the most; for each x a list of the seeds'."""
+    color, marker, line = STYLES.get(method, ("0.5", ".", "-"))
+    line, fill = OPTIMIZERS.get(optimizer, (line, "none"))
+    label = f"{method}, {optimizer}" if optimizer else method
+    style = {"color": color, "marker": marker, "ls": line, "fillstyle": fill, "label": label}
+    axes.plot(x, list(map(mean, columns)), **style)
+    axes.fill_between(x, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.1)
 
-teacher, *_, student = seeds[0].values()
-widths = f"students of width {student['hidden_size']} of {teacher['hidden_size']}"
-steps = f"{student['curve'][-1]['step']} steps, seeds: {len(seeds)}"
-figure.suptitle(f"a teacher of {teacher['parameters']:,} parameters, {widths}, {steps}")
-x = "0: pairs, chosen of four; 1 to 5: chains of so many steps, written"
-ability.set(title="right answers", xlabel=x)
-training.set(title="effective rank, mean of the blocks", xlabel="training step")
-handles, labels = ability.get_legend_handles_labels()
-names = dict(zip(labels, handles))  # each once
-figure.legend(names.values(), names, loc="outside lower center", ncols=7)
-figure.savefig("compare.png", dpi=80)
+
+def save(figure, name, title, legend, columns=7):
+    """With a title above, and below a legend of what is drawn in one of the axes."""
+    figure.suptitle(title)
+    figure.legend(*legend.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+    figure.savefig(HERE / name, dpi=80)
+    few = Image.open(HERE / name).convert("RGB").quantize(256)  # colours: half the bytes
+    few.save(HERE / name, optimize=True)
+
+
+def loss_axis(axes):
+    axes.set(yscale="log")
+    axes.set_yticks([1.5, 2, 3, 5, 8, 13], [1.5, 2, 3, 5, 8, 13])
+    axes.minorticks_off()
+
+
+def curves_of(folder):
+    """Method -> its records with measurements, also of a run that has not ended."""
+    if (folder / "summary.json").is_file():
+        rows = json.loads((folder / "summary.json").read_text())
+        return {method: row["curve"] for method, row in rows.items() if "curve" in row}
+    curves = {}
+    for path in sorted(folder.glob("*/metrics.jsonl")):
+        records = map(json.loads, path.read_text().splitlines())
+        curves[path.parent.name] = [record for record in records if "held_out" in record]
+    return curves
+
+
+def summaries(runs, name):
+    """One summary for each seed."""
+    return [json.loads(path.read_text()) for path in sorted(runs.glob(f"{name}-?/summary.json"))]
+
+
+def draw_curves(out):
+    """One run: loss and effective rank over steps."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    loss, rank = figure.subplots(1, 2)
+    for method, curve in curves_of(out).items():
+        steps, held_out = zip(*[(record["step"], record["held_out"]) for record in curve])
+        draw(loss, steps, [[point["loss"]] for point in held_out], method)
+        draw(rank, steps, [[mean(point["erank"])] for point in held_out], method)
+    loss.set(title=LOSS, xlabel="step", yscale="log")
+    rank.set(title="effective rank, mean of the blocks", xlabel="step")
+    save(figure, out.resolve() / "curves.png", out.name, loss)
+
+
+def draw_compare(runs):
+    """For the README: the tiny world at half width, all starts, with Adam."""
+    figure, seeds = Figure(figsize=(13, 5.4), layout="constrained"), summaries(runs, "w0.5-adam")
+    pairs, chains = figure.subplots(1, 2)
+    for number, method in enumerate(STYLES):
+        for kind, shift, look in zip(("chosen", "written"), (0.2, -0.2), ("0.9", "0.6")):
+            place = shift - number
+            shares = [100 * seed[method]["pairs"][kind] for seed in seeds]
+            pairs.barh(place, mean(shares), height=0.38, color=look, edgecolor="k")
+            pairs.plot([min(shares), max(shares)], [place, place], "k|-", ms=9)
+        shares = zip(*[seed[method]["chains"]["written"] for seed in seeds])
+        columns = [[100 * share for share in column] for column in shares]
+        draw(chains, [length + 0.05 * (number - 3) for length in range(1, 6)], columns, method)
+    pairs.set(title="pairs (knowledge): light, chosen of four; dark, written", xlabel="right, %")
+    pairs.set_yticks([-number for number in range(len(STYLES))], STYLES)
+    chains.set(title="chains (reasoning), written", xlabel="operations in the chain", ylim=(0, 105))
+    title = "tiny world, students of width 48 of 96, Adam, 100 steps: mean and range of three seeds"
+    save(figure, "compare.png", title, chains, 8)
+
+
+def draw_optimisers(runs):
+    """Loss over steps, the tiny world beside a real teacher."""
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    tiny, real = figure.subplots(1, 2)
+    for method in ("red", "pca", "lrc"):
+        for optimizer in OPTIMIZERS:
+            curves = [seed[method]["curve"] for seed in summaries(runs, f"w0.5-{optimizer}")]
+            long = curves_of(runs / f"long-{optimizer}-{method}")[method]
+            for axes, seeds in ((tiny, curves), (real, [long])):
+                steps = [record["step"] for record in seeds[0]]
+                columns = [[point["held_out"]["loss"] for point in some] for some in zip(*seeds)]
+                draw(axes, steps, columns, method, optimizer)
+    tiny.set(title="tiny world, width 48 of 96, three seeds", ylabel=LOSS, yscale="log")
+    real.set(title="SmolLM2-135M-Instruct, width 288 of 576, one seed")
+    loss_axis(real)
+    save(figure, "optimisers.png", "held-out loss over steps: three starts, two optimisers", tiny)
+
+
+def draw_spectrum(runs):
+    """The random start's singular values, effective rank and cosine."""
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
+    spread, rank, cosine, spectrum = figure.subplots(1, 4)
+    for optimizer, (line, _) in OPTIMIZERS.items():
+        lines = (runs / f"watch-{optimizer}.jsonl").read_text().splitlines()
+        records = list(map(json.loads, lines))
+        steps, spreads = zip(*[(record["step"], record["spread"].values()) for record in records])
+        draw(spread, steps, list(map(list, spreads)), "lrc", optimizer)
+        for axes, kind in ((rank, "erank"), (cosine, "similarity")):
+            draw(axes, steps, [[mean(record[kind])] for record in records], "lrc", optimizer)
+        for record, color in zip((records[1], records[-1]), ("0.6", "k")):
+            values = record["values"]["model.layers.29.mlp.down_proj"]
+            places, label = range(0, 8 * len(values), 8), f"{optimizer}, step {record['step']}"
+            values = [value / mean(values) for value in values]
+            spectrum.plot(places, values, color=color, ls=line, label=label)
+    spread.set(title="largest singular value / mean", ylim=(1, None))
+    rank.set(title="eRank, mean of the blocks", ylim=(0, None))
+    cosine.set(title="cosine, mean of the blocks", ylim=(0, 1.05))
+    for axes in (spread, rank, cosine):
+        axes.set(xlabel="step", xscale="symlog", xlim=(-0.3, 300))
+        axes.set_xticks([0, 1, 2, 5, 10, 20, 40, 80, 240], [0, "", 2, 5, 10, 20, 40, 80, 240])
+    spectrum.set(title="all / mean, down_proj of block 30", xlabel="number of the value")
+    spectrum.legend()
+    save(figure, "spectrum.png", "lrc on SmolLM2: seven projections, mean and range", rank)
+
+
+def draw_budget(runs):
+    """Written answers in the tiny world against width."""
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    kinds = {"pairs written, %": lambda row: row["pairs"]["written"]}
+    kinds["chains of five written, %"] = lambda row: row["chains"]["written"][-1]
+    for row, (kind, score) in zip(figure.subplots(2, 2), kinds.items()):
+        for axes, optimizer in zip(row, OPTIMIZERS):
+            found = [summaries(runs, f"w{ratio}-{optimizer}") for ratio in (0.1667, 0.25, 0.5)]
+            for method in STYLES:
+                columns = [[100 * score(seed[method]) for seed in seeds] for seeds in found]
+                draw(axes, (16, 24, 48), columns, method)
+            seeds = ", ".join(str(len(some)) for some in found)
+            axes.set(title=f"{optimizer}; seeds: {seeds}", ylabel=kind, ylim=(0, 104))
+            axes.set(xlabel="student's width", xscale="log")
+            axes.set_xticks([16, 24, 48], [16, 24, 48])
+            axes.minorticks_off()
+    title = "tiny world, teacher 96 wide, 100 steps: mean and range of the seeds"
+    save(figure, "budget.png", title, axes, 8)
+
+
+def draw_real(runs):
+    """A real teacher: loss, results, effective rank and cosine over tokens."""
+    figure = Figure(figsize=(15, 7.6), layout="constrained")
+    panels = {LOSS: lambda point: point["loss"]}
+    for block in (1, 15, 30):
+        panels[f"eRank after block {block}"] = lambda point, i=block - 1: point["erank"][i]
+    panels["results right, %"] = lambda point: 100 * point["results"]
+    for block in (1, 15, 30):
+        panels[f"cosine after block {block}"] = lambda point, i=block - 1: point["similarity"][i]
+    teacher = json.loads((runs / "long-muon-pca/summary.json").read_text())["teacher"]
+    grid = figure.subplots(2, 4)
+    for axes, (title, look) in zip(grid.flat, panels.items()):
+        for folder in sorted(runs.glob("long-*")):
+            _, optimizer, method = folder.name.split("-", 2)
+            curve = curves_of(folder)[method]
+            columns = [[look(record["held_out"])] for record in curve]
+            draw(axes, [record["tokens"] / 1e6 for record in curve], columns, method, optimizer)
+        axes.axhline(look(teacher), color="k", ls=(0, (6, 3)), lw=1, label="the teacher")
+        axes.set(title=title, xlabel="million tokens")
+    loss_axis(grid[0, 0])
+    title = "SmolLM2-135M-Instruct at half width on GSM8K's text, one seed"
+    save(figure, "real.png", title, grid[0, 0], 8)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[-1])
+    if sys.argv[1:-1] == ["--study"]:
+        for picture in (draw_compare, draw_optimisers, draw_spectrum, draw_budget, draw_real):
+            picture(place)
+    elif len(sys.argv) == 2 and curves_of(place):
+        draw_curves(place)
+    else:
+        print("draw.py needs a folder with a run in it; see its first lines.", file=sys.stderr)
+        sys.exit(2)
