@@ -407,8 +407,8 @@ def initial_gains(method, teacher, basis, batches):
         tokens += batch["input_ids"].numel()
         for name, (stream, _) in look_inside(teacher, batch["input_ids"], norms)[1].items():
             kept = (stream.float() @ basis.to(stream.device)).square().mean(-1)
-            whole = stream.float().square().mean(-1).clamp_min(1e-12)
-            ratios[name] += (kept / whole).sqrt().sum().item()
+            whole = stream.float().square().mean(-1)  # 0 for a padding token: its ratio is 1
+            ratios[name] += ((kept + 1e-12) / (whole + 1e-12)).sqrt().sum().item()
     for name in norms:
         gain = teacher.get_submodule(name).weight.detach().float().cpu() @ basis
         start = torch.ones_like(gain) if method in ROTATIONS else gain
@@ -422,7 +422,7 @@ def new_student(method, teacher, hidden_size, calibration, seed=0):
     config = student_config(teacher.config, hidden_size, untie=rotated)
     options = {"dtype": teacher.dtype, "attn_implementation": teacher.config._attn_implementation}
     with torch.device("meta"):  # no memory and no random numbers: merging makes the weights
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = transformers.AutoModelForCausalLM.from_config(config, **options)
     names, generator = projected_matrices(model), torch.Generator().manual_seed(seed)
     if method in ("orthogonal", "lrc"):  # every matrix has a start of its own
         projections = {name: initial_projection(method, calibration, generator) for name in names}
@@ -621,8 +621,7 @@ def distill(teacher, student, batches, config, scales=None, optimizers=None, don
     FloatingPointError, and batches that have ended ValueError. At the end student.model has the
     final weights; within the loop, call student.merge() before you use it.
     """
-    optimizers = optimizers or make_optimizers(student, config)
-    failures = 0
+    optimizers, failures = optimizers or make_optimizers(student, config), 0
     for step in range(done, config.steps):
         started = time.perf_counter()
         micro_batches = itertools.islice(batches, config.grad_accum)
@@ -821,7 +820,7 @@ def evaluate(model, batches, tokens=4096):
             logits = model.lm_head(part).float()
             total += F.cross_entropy(logits, target, reduction="sum").item()
     if not math.isfinite(total):
-        raise FloatingPointError("the held-out loss is not finite; lower --learning-rate")
+        raise FloatingPointError("the held-out loss is not finite")
     measures = {"loss": total / max(1, count), "erank": [], "similarity": []}
     for parts in streams.values():
         stream = torch.cat(parts)[:tokens]
@@ -1009,7 +1008,7 @@ def rows_of(path):
             # Blank lines separate documents or, if there are none, each line is one.
             documents = re.split(r"\n\s*\n", text)
             if len(documents) == 1:
-                documents = text.splitlines()
+                documents = text.split("\n")
             for document in documents:
                 yield {"text": document}
         elif path.suffix == ".json":
@@ -1230,7 +1229,6 @@ def export_student(student, task, folder):
 
 def tiny_teacher_folder(config):
     """The folder of the tiny world's teacher, shared by all runs beside it; trained if missing."""
-    # Another tiny_config.json, or another seed, is another teacher.
     name = f"tiny-{config.seed}-{zlib.crc32(TINY_CONFIG.read_bytes()):08x}"
     folder = Path(config.out).parent / name
     if process()[0] == 0 and not folder.is_dir():
@@ -1327,7 +1325,8 @@ def make_student(method, config, task, calibration, teacher_row):
     exported, _ = load_teacher(str(folder / "student"))
     summary = measure_model(exported, task, config, finished=True)
     summary["curve"] = [record for record in records if "held_out" in record]
-    about = f"Made narrower by {method} of red.py, arXiv 2605.29327; under the teacher's licence."
+    kind, wide = type(exported).__name__, type(task.teacher).__name__
+    about = f"A {kind} made from a {wide} by {method} of red.py, arXiv 2605.29327."
     results = table({"teacher": teacher_row, method: summary})
     write(folder / "student" / "README.md", f"{about}\n\n```\n{config}\n\n{results}\n```\n")
     return summary
@@ -1344,9 +1343,9 @@ def run(config):
     hidden_size = student_width(config.ratio, task.teacher.config)
     announce_plan(config, name, task, hidden_size)
     calibration = calibrate(task.teacher, task.calibration, hidden_size)
-    write(out / "settings.json", settings)  # only now, when the input is known to be good
     rows = {"teacher": measure_model(task.teacher, task, config, finished=True)}
-    for method in config.methods:
+    write(out / "settings.json", settings)  # only now, when the input is known to be good
+    for method in dict.fromkeys(config.methods):  # each once
         rows[method] = make_student(method, config, task, calibration, rows["teacher"])
     write(out / "summary.json", rows)
     return rows
@@ -1437,6 +1436,8 @@ def check(config, typed):
         fits = not isinstance(value, int | float) or lowest <= value < 2**63
         require(fits, f"{flag} must be a number of at least {lowest}, got {value}.")
         require(config.model or "data" not in name, f"{flag} needs --model, the teacher.")
+        apart = Path(str(value)).resolve() not in Path(config.out).resolve().parents
+        require(apart, f"--out {config.out} lies in {value}, and would be read; name another.")
     require(0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     trained = {path.resolve() for path in files_of(config.data)} or {config.data}
     asked = {path.resolve() for path in files_of(config.eval_data)} or {config.eval_data}
