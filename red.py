@@ -354,7 +354,7 @@ class ProjectedStudent:
 
 def serves_as_llama(config):
     """True for a Qwen2 without windows, whose student is a Llama with biases [differs]."""
-    # It computes just the same, and vLLM and llama.cpp know only a Llama's `head_dim`.
+    # It computes just the same, and other programs know only a Llama's `head_dim`.
     return config.model_type == "qwen2" and not config.use_sliding_window
 
 
@@ -367,7 +367,7 @@ def student_width(ratio, teacher_config):
 
 def student_config(teacher_config, hidden_size, untie=False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    values = teacher_config.to_dict()
+    values = {k: v for k, v in teacher_config.to_dict().items() if k != "quantization_config"}
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
@@ -1208,8 +1208,8 @@ def export_student(student, task, folder):
         student.model.generation_config = task.teacher.generation_config
         student.model.save_pretrained(folder)
         task.tokenizer.save_pretrained(folder)
-        # transformers 4 and MLX read the rotary base at the top level only, and neither knows the
-        # name that transformers 5 gives to a tokenizer of no class.
+        # transformers 4 and MLX read the rotary base at the top level only, and transformers 4 and
+        # llama.cpp's converter know neither of two names in a tokenizer's file.
         path = folder / "config.json"
         values = json.loads(path.read_text("utf-8"))
         rope = values["rope_parameters"]
@@ -1218,8 +1218,8 @@ def export_student(student, task, folder):
             values["rope_scaling"] = rope
         write(path, values)
         path = folder / "tokenizer_config.json"
-        text = path.read_text("utf-8").replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
-        write(path, text)
+        text = path.read_text("utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        write(path, text.replace('"extra_special_tokens": [', '"additional_special_tokens": ['))
 
 
 # ==== A run ===================================================================================
@@ -1257,7 +1257,7 @@ def announce_plan(config, name, task, hidden_size):
     if serves_as_llama(wide):
         announce("note", "exported as a Llama with biases, which other programs read rightly")
     elif wide.model_type == "qwen2":
-        announce("note", "a Qwen2 with windows: vLLM and llama.cpp misread its heads")
+        announce("note", "a Qwen2 with windows: vLLM misreads its heads, llama.cpp refuses it")
 
 
 def measure_model(model, task, config, finished=False):

@@ -392,9 +392,11 @@ def test_a_student_has_an_ordinary_config_that_older_programs_read(family, tmp_p
     teacher = make_teacher(family)
     teacher.config.quantization_config = {"quant_method": "gguf"}  # what it was read from
     student, _ = make_student(teacher)
-    red.export_student(student, red.Task(teacher, red.tiny_tokenizer()), tmp_path)
+    tokens = red.tiny_tokenizer()
+    tokens.add_special_tokens({"extra_special_tokens": ["#"]})
+    red.export_student(student, red.Task(teacher, tokens), tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
-    expected = teacher.config.to_dict() | {"hidden_size": 16}
+    expected = teacher.config.to_dict() | {"hidden_size": 16, "quantization_config": None}
     expected["rope_theta"] = 5e3 if family == "llama-rope" else 1e4  # for transformers 4 and MLX
     expected["head_dim"] = {"llama-odd-head": 10, "qwen3": 12}.get(family, 8)
     if family == "llama-rope":
@@ -404,10 +406,11 @@ def test_a_student_has_an_ordinary_config_that_older_programs_read(family, tmp_p
         expected |= dict(architectures=["LlamaForCausalLM"], pretraining_tp=1)
     assert stored.pop("architectures") == [type(student.model).__name__] and stored.pop("dtype")
     assert {key for key, value in stored.items() if value != expected.get(key)} == set()
-    assert {"rope_theta", "head_dim", "hidden_size"} <= stored.keys()
+    assert {"rope_theta", "head_dim"} <= stored.keys() and "quantization_config" not in stored
     assert ("rope_scaling" in stored) == (family == "llama-rope")
     tokenizer = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    names = (tokenizer["tokenizer_class"], tokenizer["additional_special_tokens"])
+    assert names == ("PreTrainedTokenizerFast", ["#"]) and "extra_special_tokens" not in tokenizer
     reopened = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
     assert reopened("7+")["input_ids"] == [7, 10] and not list(tmp_path.glob("*.py"))
 
@@ -1590,7 +1593,6 @@ def test_the_proxy_descends_and_its_singular_values_stand_still_where_theory_say
         assert moving(white, *starts[name]) < 1e-4 and moving(coloured, *starts[name]) < 1e-4
     two = starts["random orthogonal"][0], starts["red"][1]
     assert moving(white, *two) > 1e-2 and moving(coloured, *two) > 1e-2
-
     optimum = torch.linalg.svdvals(coloured)[6:].square().sum().item() / 128
     for name, (down, up) in starts.items():
         (first, rank, _), (later, _, _) = proxy.train_proxy(coloured, down, up, 1, batch=64)
