@@ -217,7 +217,6 @@ def test_scores_and_scales_by_brute_force(family):
     calibration, expected = red.calibrate(teacher, SAMPLES, 16), importance_by_hand(teacher)
     torch.testing.assert_close(calibration.importance.double(), expected, rtol=1e-5, atol=1e-6)
     assert calibration.bases["red"].argmax(0).tolist() == best_channels(expected.tolist())
-
     seen, total = [seen_by(teacher, NORMS + LINEAR, batch) for batch in SAMPLES], [0.0] * 32
     outputs = {name: torch.cat([part[name][1].flatten(0, 1) for part in seen]) for name in seen[0]}
     for name in NORMS:
@@ -460,7 +459,6 @@ def test_distillation_loss_and_its_gradients(tokens_at_once, temperature, dtype,
     got = red.distillation_loss(*tensors, labels, temperature)
     none = red.distillation_loss(*tensors, torch.full_like(labels, -100), temperature)
     assert all(value.abs().max() == 0 for value in none)
-
     hidden, head, *teachers = [tensor.double() for tensor in tensors]
     hidden.requires_grad_()
     head.requires_grad_()
