@@ -294,7 +294,7 @@ class ProjectedStudent:
     def __init__(self, teacher, model, projections, gains, fold=False):
         self.teacher, self.model, self.fold = teacher, model, fold
         # What learns is float32, or better, and a copy: many names may share a start.
-        options = {"device": teacher.device, "copy": True}
+        options = {"device": teacher.device, "memory_format": torch.contiguous_format, "copy": True}
         options["dtype"] = torch.promote_types(teacher.dtype, torch.float32)
         self.projections = {n: torch.nn.Parameter(p.to(**options)) for n, p in projections.items()}
         self.gains = {n: torch.nn.Parameter(g.to(**options)) for n, g in gains.items()}
