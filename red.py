@@ -500,7 +500,8 @@ def distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, temper
     """
     labelled = labels[:, 1:] != -100
     targets = labels[:, 1:][labelled].to(hidden.device)
-    states, teacher_states = hidden.detach()[:, :-1][labelled], teacher_hidden[:, :-1][labelled]
+    states = hidden.detach()[:, :-1][labelled]
+    teacher_states = teacher_hidden[:, :-1][labelled]
     head = head.detach().requires_grad_()
 
     # A GPU needs larger matrix products to be busy.
@@ -1255,7 +1256,7 @@ def announce_plan(config, name, task, hidden_size):
     if config.model and hidden_size % 32:
         announce("note", "width no multiple of 32: llama.cpp cannot quantise all of it")
     if serves_as_llama(wide):
-        announce("note", "exported as a Llama with biases, which other programs read rightly")
+        announce("note", "exported as a Llama with biases")
     elif wide.model_type == "qwen2":
         announce("note", "a Qwen2 with windows: vLLM misreads its heads, llama.cpp refuses it")
 
@@ -1325,8 +1326,7 @@ def make_student(method, config, task, calibration, teacher_row):
     exported, _ = load_teacher(str(folder / "student"))
     summary = measure_model(exported, task, config, finished=True)
     summary["curve"] = [record for record in records if "held_out" in record]
-    kind, wide = type(exported).__name__, type(task.teacher).__name__
-    about = f"A {kind} made from a {wide} by {method} of red.py, arXiv 2605.29327."
+    about = f"A {type(exported).__name__} by {method} of red.py, under its teacher's licence."
     results = table({"teacher": teacher_row, method: summary})
     write(folder / "student" / "README.md", f"{about}\n\n```\n{config}\n\n{results}\n```\n")
     return summary
