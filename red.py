@@ -800,7 +800,6 @@ def tiny_teacher(config, seed, steps=1500):
 @torch.no_grad()
 def evaluate(model, batches, tokens=4096):
     """Held-out `loss`, in nats per label, and two lists by block (§4, §6).
-
     Of the stream after each block, over the first `tokens` tokens: `erank`, and `similarity`, the
     mean cosine of two different tokens. FloatingPointError: the loss is not finite.
     """
@@ -836,7 +835,8 @@ def generate(model, tokenizer, prompts, new_tokens):
     """Greedy continuations, as texts, of prompts that are equally many tokens long (§6)."""
     end = tokenizer.eos_token_id
     # A tokenizer may end each text itself, but a prompt is to be gone on with.
-    encoded = [ids[:-1] if ids[-1] == end else ids for ids in tokenizer(prompts)["input_ids"]]
+    encoded = tokenizer(prompts)["input_ids"]
+    encoded = [ids[:-1] if ids[-1] == end else ids for ids in encoded]
     options = {"eos_token_id": end, "pad_token_id": end, "max_new_tokens": new_tokens}
     # Else the checkpoint's own generation_config would have a say, too.
     kept, model.generation_config = model.generation_config, GenerationConfig(**options)
@@ -879,7 +879,8 @@ def share_chosen(model, tokenizer, questions):
         answer = torch.tensor(one["ids"][one["answer_at"] :], device=model.device)
         losses.append(F.cross_entropy(logits.float(), answer, reduction="sum"))
     losses = torch.stack(losses).view(len(questions), -1)
-    return statistics.fmean((losses[:, 0] < losses[:, 1:].amin(1)).tolist())
+    right = losses[:, 0] < losses[:, 1:].amin(1)
+    return statistics.fmean(right.tolist())
 
 
 def tiny_questions(count):
@@ -919,7 +920,6 @@ def tiny_scores(model, tokenizer, count=200):
 
 def result_scores(model, problems, batch_size):
     """The shares right of `results`, given all text before, and of `other_tokens` (§6) [new].
-
     problems: a list by `encode_answer`. Other tokens stand for general ability.
     """
     results, others = [], []
@@ -1103,7 +1103,6 @@ def training_batches(config, task):
 
 def open_task(config, name):
     """The Task of a teacher and of its text (App. F.2). UserError: they cannot be used.
-
     Held out are the first 200 documents, or a tenth of a smaller source, at most 32 sequences.
     """
     task, length = Task(*load_teacher(str(name))), config.seq_len
@@ -1254,7 +1253,7 @@ def announce_plan(config, name, task, hidden_size):
         more = wide.vocab_size * hidden_size
         announce("note", f"rotations untie the head, {more:,} weights more")
     if config.model and hidden_size % 32:
-        announce("note", "width no multiple of 32: llama.cpp cannot quantise all of it")
+        announce("note", "no multiple of 32: llama.cpp cannot quantise all of it")
     if serves_as_llama(wide):
         announce("note", "exported as a Llama with biases")
     elif wide.model_type == "qwen2":
@@ -1359,7 +1358,8 @@ def table(rows):
     """Label -> summary, as text: a line for each, and a legend."""
     lines, tiny = {}, "pairs" in rows["teacher"]
     for label, row in rows.items():
-        cells = {"parameters": f"{row['parameters'] / 1e6:,.2f}M", "  loss": f"{row['loss']:.3f}"}
+        cells = {"parameters": f"{row['parameters'] / 1e6:,.2f}M"}
+        cells["  loss"] = f"{row['loss']:.3f}"
         if tiny:
             cells["pairs: chosen"] = f"{row['pairs']['chosen']:.0%}"
             cells["written"] = f"{row['pairs']['written']:.0%}"
