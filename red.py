@@ -799,9 +799,8 @@ def tiny_teacher(config, seed, steps=1500):
 
 @torch.no_grad()
 def evaluate(model, batches, tokens=4096):
-    """Held-out `loss`, in nats per label, and two lists by block (§4, §6).
-    Of the stream after each block, over the first `tokens` tokens: `erank`, and `similarity`, the
-    mean cosine of two different tokens. FloatingPointError: the loss is not finite.
+    """Held-out `loss` in nats per label (FloatingPointError: not finite), and by block (§4, §6), of
+    the first `tokens` tokens, `erank` and `similarity`, the mean cosine of two of them.
     """
     streams = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
     total, count, looked_at = 0.0, 0, 0
@@ -1437,6 +1436,7 @@ def check(config, typed):
         require(fits, f"{flag} must be a number of at least {lowest}, got {value}.")
         require(config.model or "data" not in name, f"{flag} needs --model, the teacher.")
         apart = Path(str(value)).resolve() not in Path(config.out).resolve().parents
+        apart = apart or value == "none" or name not in ("model", "data", "eval_data")
         require(apart, f"--out {config.out} lies in {value}, and would be read; name another.")
     require(0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     trained = {path.resolve() for path in files_of(config.data)} or {config.data}
