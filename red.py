@@ -1065,8 +1065,8 @@ def open_documents(source, flag):
     with as_user_error(f"{flag} {source} is no file, nor a hub dataset in reach ({{}})."):
         name, config, split = [*source.split(":"), None, None][:3]
         rows = datasets.load_dataset(name, config, split=split or "train", streaming=True)
-    documents = rows.map(document_of, fn_kwargs={"where": f"a row of {source}"})
-    return documents.filter(lambda document: bool(document["answer"].strip()))
+    rows = rows.map(document_of, fn_kwargs={"where": f"a row of {source}"})
+    return rows.filter(lambda document: bool(document["answer"].strip()))
 
 
 def packed(documents, task, batch_size, seq_len):
@@ -1123,10 +1123,11 @@ def open_task(config, name):
     enough = task.held_out and task.calibration and count - aside >= process()[1]
     require(enough, f"{config.data} is too short: give more text, or a smaller --seq-len.")
     if config.eval_data not in (None, "none"):
-        asked = open_documents(config.eval_data, "--eval-data").filter(lambda row: row["prompt"])
-        asked = asked.take(config.eval_problems)
+        asked = open_documents(config.eval_data, "--eval-data")
+        asked = asked.filter(lambda row: row["prompt"]).take(config.eval_problems)
         list(packed(asked, task, 1, length))  # their tokens are known to the teacher
-        task.problems = [encode_answer(**row, tokenizer=task.tokenizer) for row in asked]
+        pairs = [(row["prompt"], row["answer"]) for row in asked]  # hub rows have more columns
+        task.problems = [encode_answer(*pair, task.tokenizer) for pair in pairs]
         annotated = any(problem["results"] for problem in task.problems)
         require(annotated, f"--eval-data {config.eval_data} has no results as in <<48/2=24>>.")
     return task
@@ -1482,7 +1483,7 @@ def main(arguments=None):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             if process()[1] == 1:
                 raise
-            text, lost = f"another process has ended; {again}", True
+            text, lost = f"another process has ended ({error}); {again}", True
     finally:
         while LOCKS:
             os.close(LOCKS.pop())
@@ -1495,6 +1496,6 @@ def main(arguments=None):
 
 if __name__ == "__main__":
     sys.stdout = sys.stdout or open(os.devnull, "w")  # some schedulers close them
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stderr = sys.stderr or sys.stdout
     sys.stdout.reconfigure(errors="replace")  # a terminal may not know every letter
     sys.exit(main())
