@@ -1126,8 +1126,7 @@ def open_task(config, name):
         asked = open_documents(config.eval_data, "--eval-data")
         asked = asked.filter(lambda row: row["prompt"]).take(config.eval_problems)
         list(packed(asked, task, 1, length))  # their tokens are known to the teacher
-        pairs = [(row["prompt"], row["answer"]) for row in asked]  # hub rows have more columns
-        task.problems = [encode_answer(*pair, task.tokenizer) for pair in pairs]
+        task.problems = [encode_answer(r["prompt"], r["answer"], task.tokenizer) for r in asked]
         annotated = any(problem["results"] for problem in task.problems)
         require(annotated, f"--eval-data {config.eval_data} has no results as in <<48/2=24>>.")
     return task
