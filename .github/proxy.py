@@ -2,7 +2,7 @@
 
     python .github/proxy.py FOLDER FILE.jsonl [adam|muon] [rate]
 
-FOLDER: a teacher, such as runs/tiny-llama-...; FILE: text. Trains the proxy from five starts, as the
+FOLDER: a teacher, such as runs/tiny-0-...; FILE: text. Trains the proxy from five starts, as the
 paper's App. F.2 does, and prints its loss, the effective rank of the reconstruction, and the
 largest singular value of Q over the mean.
 """
@@ -56,7 +56,7 @@ def main(folder, source, optimizer="adam", rate="1e-4"):
     teacher, tokenizer = red.load_teacher(folder)
     task = red.Task(teacher, tokenizer)
     batches = [next(red.packed(red.open_documents(source, "text"), task, 15, 278))]
-    block = f"model.layers.{2 * len(teacher.model.layers) // 3 - 1 + 1}"
+    block = f"model.layers.{2 * len(teacher.model.layers) // 3}"
     _, seen = red.look_inside(teacher, batches[0]["input_ids"].to(teacher.device), [block])
     states = seen[block][0].flatten(0, 1)[:4169].float().cpu()
     states = states / states.square().mean(-1, keepdim=True).sqrt()
