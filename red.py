@@ -1232,12 +1232,11 @@ def tiny_teacher_folder(config):
     folder = Path(config.out).parent / name
     if process()[0] == 0 and not folder.is_dir():
         announce("teacher", "training one, all anew if interrupted")
-        with as_user_error(f"{TINY_CONFIG.name} makes no teacher ({{}})."):
-            teacher_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
-            teacher = tiny_teacher(teacher_config, config.seed)
         partial = f"{folder}-{os.getpid()}.partial"
-        teacher.save_pretrained(partial)
-        tiny_tokenizer().save_pretrained(partial)
+        with as_user_error(f"{TINY_CONFIG.name} makes no teacher in {partial} ({{}})."):
+            teacher_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
+            tiny_teacher(teacher_config, config.seed).save_pretrained(partial)
+            tiny_tokenizer().save_pretrained(partial)
         with contextlib.suppress(OSError):  # another command was faster, with the same teacher
             os.rename(partial, folder)
     gather()
@@ -1466,7 +1465,8 @@ def main(arguments=None):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel("ERROR")  # it would report each retry
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a training that failed may have left others
+        signal.signal(number, signal.default_int_handler)
     again, lost = "run the same command to resume.", False
     try:
         carry_out(parse_arguments(arguments))
