@@ -26,6 +26,7 @@ import time
 import types
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet
 import pytest
 import torch
@@ -381,7 +382,6 @@ def test_merged_is_projected_and_exported_is_merged(family, method, tmp_path):
     torch.testing.assert_close(logits(reopened, batch), merged, rtol=0, atol=0)
     tied = "tied" in family and method not in ROTATIONS
     assert reopened.config.tie_word_embeddings == tied == ("lm_head" not in student.projections)
-
     wrap_in_projections(student, teacher, method)
     torch.testing.assert_close(logits(student.model, batch), merged, rtol=1e-5, atol=1e-5)
 
@@ -532,7 +532,6 @@ def test_the_gradients_of_a_step_are_those_of_the_formulas(family, method):
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     matrices = 1 + len(LINEAR) + ("tied" not in family or method != "red")
     assert len(got) == matrices + len(NORMS) and totals["tokens"] == 3 * 24 + 9
-
     wrap_in_projections(student, teacher, method)
     terms, gradients = step_by_hand(teacher, student, batches, config, scales)
     for name, value in terms.items():
@@ -595,7 +594,6 @@ def test_training_is_a_reference_written_out(method, optimizer):
     batches = [*uneven_batches(), make_batch(2, seed=7), make_batch(1, seed=8)]
     student, calibration = make_student(teacher, method)
     steps = red.distill(teacher, student, iter(batches), config, calibration.scales)
-
     other, _ = make_student(teacher, method)
     wrap_in_projections(other, teacher, method)
     state, rates = {}, [0.5 * 0.02, 0.02 * 399 / 400, 0.02 * 398 / 400]
@@ -1050,7 +1048,6 @@ def test_packing_loses_nothing_but_the_last_row_and_names_unknown_tokens():
     batches = list(red.packed(documents, task, 1, 6))
     assert [text_of([batch]) for batch in batches] == ["abc\nab", "d\nabef"]
     assert text_of(red.packed(documents, task, 2, 6)) == "abc\nabd\nabef"
-
     # Tokens that have no row in the embedding are no trouble until one is met.
     added = {"additional_special_tokens": ["<|user|>"], "pad_token": "<pad>"}
     task.tokenizer.add_special_tokens(added)
@@ -1074,7 +1071,6 @@ def test_held_out_text_is_neither_trained_nor_calibrated_on(real, monkeypatch):
     assert all(line in trained for line in twelve[30:]) and twelve[30] in calibrated
     again = list(itertools.islice(red.training_batches(config, task), len(batches)))
     assert text_of(again) == trained
-
     seen = []  # each of two processes reads documents of its own, and together they read all
     for number in (0, 1):
         monkeypatch.setattr(red, "process", lambda number=number: (number, 2))
@@ -1099,6 +1095,15 @@ def run_of(real, out, words="", data="data.txt"):
     small = "--steps 2 --batch-size 2 --seq-len 32 --calibration-samples 4"
     model = ["--model", f"{real}/teacher", "--data", f"{real}/{data}", "--out", f"{out}"]
     return [*model, *small.split(), *words.split()]
+
+
+def test_rows_of_the_hub_keep_their_other_columns(real, monkeypatch):
+    row = {"question": "7", "answer": "<<1=1>>11111111", "id": 3}
+    rows = datasets.Dataset.from_list([row] * 40).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: rows)
+    words = run_of(real, "out", "--data a/b --eval-data c/d --seq-len 16")
+    config = red.parse_arguments(words)
+    assert len(red.open_task(config, config.model).problems) == 40
 
 
 def rows_of(out):
@@ -1127,7 +1132,6 @@ def test_a_run_leaves_what_it_promises(real, tmp_path, capsys):
     assert f"{real}/teacher" in card and f"{rows['red']['loss']:.3f}" in card
     said = capsys.readouterr().out
     assert "width 48 of 96" in said and str(out) in said
-
     # The same command again; one more method; a damaged result; other settings.
     assert red.main(run_of(real, out)) == 0 and rows_of(out) == rows
     assert red.main(run_of(real, out, "--methods red lrc")) == 0
