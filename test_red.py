@@ -248,8 +248,7 @@ def test_pca_takes_the_leading_eigenvectors_of_the_stream(family):
 
 def test_selection():
     channels = red.select_channels(torch.tensor([3.0, 1.0, 2.0, 3.0, 2.0]), 3)
-    assert channels.tolist() == [0, 2, 3]
-    selection = red.selection_matrix(channels, 5)
+    selection = red.selection_matrix(channels, 5)  # of channels 0, 2 and 3: see its product
     assert torch.equal(torch.arange(5.0) @ selection, torch.tensor([0.0, 2.0, 3.0]))
     for wrong in (0, 5):
         with pytest.raises(ValueError):
@@ -1098,12 +1097,13 @@ def run_of(real, out, words="", data="data.txt"):
 
 
 def test_rows_of_the_hub_keep_their_other_columns(real, monkeypatch):
-    row = {"question": "7", "answer": "<<1=1>>11111111", "id": 3}
-    rows = datasets.Dataset.from_list([row] * 40).to_iterable_dataset()
-    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: rows)
+    rows = datasets.Dataset.from_list([{"question": "7", "answer": "<<1=1>>11111111", "id": 3}] * 9)
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **options: rows.to_iterable_dataset()
+    )
     words = run_of(real, "out", "--data a/b --eval-data c/d --seq-len 16")
     config = red.parse_arguments(words)
-    assert len(red.open_task(config, config.model).problems) == 40
+    assert len(red.open_task(config, config.model).problems) == 9
 
 
 def rows_of(out):
@@ -1238,10 +1238,8 @@ def test_the_curves_of_a_run_are_drawn(real, tmp_path):
     ended = program(script, tmp_path / "out", folder=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert [path.read_bytes()[:4] for path in tmp_path.rglob("*.png")] == [b"\x89PNG"]
-    hidden = (
-        f"import runpy, sys; sys.modules['matplotlib.figure'] = None; runpy.run_path({script!r})"
-    )
-    ended = program("-c", hidden, folder=tmp_path)
+    hidden = "import runpy, sys; sys.modules['matplotlib.figure'] = None; runpy.run_path"
+    ended = program("-c", f"{hidden}({script!r})", folder=tmp_path)
     assert ended.returncode == 2 and ended.stderr.count("pip install matplotlib") == 1
 
 
@@ -1441,9 +1439,7 @@ def test_bad_input_gets_one_sentence(bad, words, expected, capsys, tmp_path, mon
         monkeypatch.setattr(red, "load_teacher", None)
     code = red.main(shlex.split(words.replace("DIR", str(bad))))
     said = capsys.readouterr().err
-    assert (
-        said.startswith("red.py: ") and said.count("\n") == 1 and said.endswith((".\n", "?\n"))
-    ), said
+    assert re.fullmatch(r"red\.py: [^\n]+[.?]\n", said), said
     assert code == (1 if expected == "finite" else 2) and expected in said
     assert not re.search("Traceback|delete|weights_only", said) and sorted(bad.rglob("*")) == before
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
