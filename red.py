@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import glob
 import itertools
 import json
@@ -45,7 +46,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ==== Settings ================================================================================
 # Every choice of a run is one field of one dataclass, with its help text.
@@ -123,7 +124,7 @@ def effective_rank(hidden):
 # ==== Looking inside a model ==================================================================
 # A Llama-like block has seven linear modules and two norms; these names are all that this file
 # knows of them, and forward hooks are its only way to look inside. A batch is a dict of input_ids
-# and labels, (batch, tokens) each; labels of -100 are ignored. To copy it: torch, contextlib.
+# and labels, (batch, tokens) each; -100 is ignored. To copy it: torch, F, contextlib, functools.
 
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
 WRITERS = ("o_proj", "down_proj")
@@ -170,6 +171,15 @@ def last_hidden(model, ids):
     return model.model(ids.to(model.device), use_cache=False).last_hidden_state
 
 
+def fuse_norms(model):
+    """Let each norm of a model run as one kernel, not as eight; it rounds once, not twice [new]."""
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            options = {"weight": module.weight, "eps": module.variance_epsilon}
+            shape = module.weight.shape
+            module.forward = functools.partial(F.rms_norm, normalized_shape=shape, **options)
+
+
 @torch.no_grad()
 def look_inside(model, ids, names):
     """Run a model: its last hidden states, and (input, output) of the named modules, by name."""
@@ -200,13 +210,10 @@ def channel_importance(means):
 
 
 def select_channels(importance, hidden_size):
-    """Indices of the most important channels, ascending, (d_s,) int64 (§5); ties: the lower.
-
-    ValueError: not 0 < hidden_size <= d_t.
-    """
+    """Indices of the best channels, ascending, (d_s,) int64 (§5). ValueError: no such hidden_size."""
     if not 0 < hidden_size <= len(importance):
         raise ValueError(f"cannot keep {hidden_size} of {len(importance)} channels")
-    order = torch.sort(importance, descending=True, stable=True).indices
+    order = torch.sort(importance, descending=True, stable=True).indices  # of equals the lower
     return order[:hidden_size].sort().values
 
 
@@ -307,6 +314,8 @@ class ProjectedStudent:
         model.model.rotary_emb = teacher.model.rotary_emb
         # transformers would keep the padding token's row from any gradient.
         model.model.embed_tokens.padding_idx = None
+        if teacher.device.type == "cuda":
+            fuse_norms(model)
         self.merge()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.merged[name].requires_grad)
@@ -367,7 +376,8 @@ def student_width(ratio, teacher_config):
 
 def student_config(teacher_config, hidden_size, untie=False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    values = {k: v for k, v in teacher_config.to_dict().items() if k != "quantization_config"}
+    values = teacher_config.to_dict()
+    values.pop("quantization_config", None)  # of a teacher read from GGUF
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
@@ -402,17 +412,16 @@ def initial_gains(method, teacher, basis, batches):
     / rms(h), as the student divides by the RMS of only what it keeps of h.
     """
     norms = modules_of(teacher, NORMS)
-    ratios, tokens, gains = dict.fromkeys(norms, 0.0), 0, {}
+    ratios, gains = {name: [] for name in norms}, {}
     for batch in batches:
-        tokens += batch["input_ids"].numel()
         for name, (stream, _) in look_inside(teacher, batch["input_ids"], norms)[1].items():
             kept = (stream.float() @ basis.to(stream.device)).square().mean(-1)
             whole = stream.float().square().mean(-1)  # 0 for a padding token: its ratio is 1
-            ratios[name] += ((kept + 1e-12) / (whole + 1e-12)).sqrt().sum().item()
+            ratios[name].append(((kept + 1e-12) / (whole + 1e-12)).sqrt().flatten())
     for name in norms:
         gain = teacher.get_submodule(name).weight.detach().float().cpu() @ basis
         start = torch.ones_like(gain) if method in ROTATIONS else gain
-        gains[name] = start * (ratios[name] / tokens)
+        gains[name] = start * torch.cat(ratios[name]).double().mean().item()
     return gains
 
 
@@ -493,10 +502,9 @@ def kl_and_cross_entropy(student_logits, teacher_logits, targets, temperature):
 def distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, temperature):
     """KL(teacher || student), next-token cross-entropy, and their gradients at once (App. B).
 
-    hidden (batch, tokens, d_s) and head (vocabulary, d_s) make the student's logits, and the
-    teacher's likewise, d_t wide. labels: (batch, tokens); they are shifted by one here, and -100
-    is ignored. Returns KL and cross-entropy, sums over the labels in nats, and the gradients of
-    KL + cross-entropy in `hidden` and in `head`: for torch.autograd.backward to go on from.
+    hidden (batch, tokens, d_s) and head (vocabulary, d_s) make logits, and the teacher's likewise.
+    labels: (batch, tokens), shifted by one here. Returns KL and cross-entropy, sums over labels in
+    nats, and the gradients of their sum in hidden and head, for autograd to go on from.
     """
     labelled = labels[:, 1:] != -100
     targets = labels[:, 1:][labelled].to(hidden.device)
@@ -526,6 +534,13 @@ def distillation_loss(hidden, head, teacher_hidden, teacher_head, labels, temper
 # Warm-up and linear decay are the paper's, clipping is LRC's. Under torchrun N processes compute
 # one process's step on all N batches. `config` is a Config, or anything with its fields. To copy
 # it: torch, itertools, math, time and the sections above.
+
+
+def process():
+    """(This process's number, from 0, and how many train together: torchrun's, or 1)."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def add_up(tensors):
@@ -601,26 +616,59 @@ def learning_rate_at(step, config):
     return config.learning_rate * (1 - step / config.steps) * min(1.0, (step + 1) / warm_up)
 
 
-def make_optimizers(student, config):
-    """A list of optimisers: Adam, the paper's, or Muon for the projections and Adam for the gains.
+def orthogonalise(matrices):
+    """A stack, (n, d_t, d_s), with all singular values brought near 1: Newton-Schulz [new]."""
+    x = matrices.bfloat16()  # precise enough for this
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x.mT @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, x, polynomial, beta=3.4445)
+    return x.to(matrices.dtype)
 
-    Muon [new] steps along the orthogonal matrix nearest to the momentum: a projection moves in all
-    its directions alike. Weight decay would shrink the projections: there is none.
+
+class Muon(torch.optim.Optimizer):
+    """Muon [new]: a projection moves in all its directions alike, for matrices of one shape.
+
+    It is torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but 16 matrices
+    at once, so that a GPU need not wait for each, and every process computes its share of them.
     """
+
+    def __init__(self, matrices):
+        super().__init__(matrices, {"lr": 1e-3})
+        for matrix in self.param_groups[0]["params"]:
+            self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+
+    @torch.no_grad()
+    def step(self):
+        group, (rank, count) = self.param_groups[0], process()
+        for first in range(0, len(group["params"]), 16):
+            matrices = group["params"][first : first + 16]
+            gradients = torch.stack([matrix.grad for matrix in matrices])
+            momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+            torch._foreach_lerp_(momenta, gradients.unbind(), 0.05)
+            ahead = gradients.lerp(torch.stack(momenta), 0.95)  # Nesterov's
+            updates = torch.zeros_like(ahead)
+            updates[rank::count] = orthogonalise(ahead[rank::count])
+            add_up([updates])
+            size = 0.2 * max(ahead.shape[1:]) ** 0.5  # a step of Adam's has a mean square of 0.2^2
+            torch._foreach_add_(matrices, updates.unbind(), alpha=-size * group["lr"])
+
+
+def make_optimizers(student, config):
+    """A list of optimisers: Adam, the paper's, or Muon for the projections and Adam for the gains."""
     if config.optimizer == "adam":
         return [torch.optim.Adam(student.parameters(), fused=True)]
-    options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-    muon = torch.optim.Muon(student.projections.values(), **options)
+    muon = Muon(student.projections.values())
     return [muon, torch.optim.Adam(student.gains.values(), fused=True)]
 
 
 def distill(teacher, student, batches, config, scales=None, optimizers=None, done=0):
     """Train the student in place (App. F.1). A generator: each iteration is one step.
 
-    batches: an iterator. optimizers, done: of a run that goes on after `done` steps. Yields a
-    record of each step, a dict. A step that is not finite changes nothing; ten in a row raise
-    FloatingPointError, and batches that have ended ValueError. At the end student.model has the
-    final weights; within the loop, call student.merge() before you use it.
+    batches: an iterator. optimizers, done: of a run that goes on after `done` steps. Yields a dict.
+    A step that is not finite changes nothing; ten in a row raise FloatingPointError, and batches
+    that have ended ValueError. Within the loop, call student.merge() before you use student.model.
     """
     optimizers, failures = optimizers or make_optimizers(student, config), 0
     for step in range(done, config.steps):
@@ -672,13 +720,6 @@ def as_user_error(sentence):
         raise UserError(sentence.replace("{}", text)) from error
 
 
-def process():
-    """(This process's number, from 0, and how many train together: torchrun's, or 1)."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
 def gather(value=None):
     """[every process's value]; also the point where all processes wait for each other."""
     values = [value] * process()[1]
@@ -691,11 +732,6 @@ def announce(what, text):
     """One line of what is being done, from the first process."""
     if process()[0] == 0:
         tqdm.write(f"{what:<12} {text}")
-
-
-def progress(items, what, **options):
-    """The items of training, behind a progress bar of the first process."""
-    return tqdm(items, what, leave=False, disable=process()[0] > 0, **options)
 
 
 def write(path, value):
@@ -783,7 +819,7 @@ def tiny_teacher(config, seed, steps=1500):
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     batches = itertools.islice(tiny_batches(16, 48, seed), steps)  # 48 characters hold any line
-    for batch in progress(batches, "teacher", total=steps):
+    for batch in tqdm(batches, "teacher", steps, leave=False):
         teacher(**batch, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
@@ -823,25 +859,18 @@ def evaluate(model, batches, tokens=4096):
     measures = {"loss": total / max(1, count), "erank": [], "similarity": []}
     for parts in streams.values():
         stream = torch.cat(parts)[:tokens]
-        pairs = len(stream) * (len(stream) - 1)
-        cosines = F.normalize(stream, dim=-1).sum(0).square().sum().item() - len(stream)
+        mean_direction = F.normalize(stream, dim=-1).mean(0)
         measures["erank"].append(effective_rank(stream))
-        measures["similarity"].append(cosines / max(1, pairs))
+        measures["similarity"].append(mean_direction.square().sum().item())
     return measures
 
 
 def generate(model, tokenizer, prompts, new_tokens):
     """Greedy continuations, as texts, of prompts that are equally many tokens long (§6)."""
-    end = tokenizer.eos_token_id
-    # A tokenizer may end each text itself, but a prompt is to be gone on with.
-    encoded = tokenizer(prompts)["input_ids"]
-    encoded = [ids[:-1] if ids[-1] == end else ids for ids in encoded]
+    end, ids = tokenizer.eos_token_id, torch.tensor(tokenizer(prompts)["input_ids"])
     options = {"eos_token_id": end, "pad_token_id": end, "max_new_tokens": new_tokens}
-    # Else the checkpoint's own generation_config would have a say, too.
-    kept, model.generation_config = model.generation_config, GenerationConfig(**options)
-    output = model.generate(torch.tensor(encoded, device=model.device))
-    model.generation_config = kept
-    return tokenizer.batch_decode(output[:, len(encoded[0]) :], skip_special_tokens=True)
+    output = model.generate(ids.to(model.device), do_sample=False, **options)
+    return tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
 
 
 def encode_answer(prompt, answer, tokenizer):
@@ -918,9 +947,7 @@ def tiny_scores(model, tokenizer, count=200):
 
 
 def result_scores(model, problems, batch_size):
-    """The shares right of `results`, given all text before, and of `other_tokens` (§6) [new].
-    problems: a list by `encode_answer`. Other tokens stand for general ability.
-    """
+    """Shares right, by `encode_answer`, of `results` and of `other_tokens`: general ability [new]."""
     results, others = [], []
     for first in range(0, len(problems), batch_size):
         few = problems[first : first + batch_size]
@@ -958,18 +985,17 @@ class Task:
 
 def load_teacher(name):
     """A frozen teacher and its tokenizer, from a folder or the hub (§3). UserError: unusable."""
-    options = {"trust_remote_code": False}  # nor is anybody asked whether to
+    how = {"trust_remote_code": False}  # nor is anybody asked whether to
     with as_user_error(f"cannot load {name} ({{}}): is a file missing, or sentencepiece?"):
-        config = AutoConfig.from_pretrained(name, **options)
+        # A checkpoint's config can change what its forward pass returns.
+        config = AutoConfig.from_pretrained(name, return_dict=True, output_attentions=False, **how)
         kind = "quantised" if hasattr(config, "quantization_config") else config.model_type
         require(kind in FAMILIES, f"{name} is {kind}; supported: {', '.join(FAMILIES)}.")
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        # A checkpoint's config can change what its forward pass returns.
-        config.return_dict, config.output_attentions = True, False
-        options |= {"config": config, "attn_implementation": "sdpa", "output_loading_info": True}
-        options["dtype"] = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        options["use_safetensors"] = True  # no pickle, which could run code
-        teacher, loading = AutoModelForCausalLM.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
+        how |= {"config": config, "attn_implementation": "sdpa", "output_loading_info": True}
+        how["dtype"] = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        how["use_safetensors"] = True  # no pickle, which could run code
+        teacher, loading = AutoModelForCausalLM.from_pretrained(name, **how)
         teacher.generation_config.validate(strict=True)  # or a student could not be saved
     keys = sorted(map(str, [*loading["missing_keys"], *loading["unexpected_keys"]]))
     require(not keys, f"{name} does not fit its config: missing or not known: {keys[:3]}.")
@@ -978,7 +1004,8 @@ def load_teacher(name):
     require(usable, f"{name} lacks its tokenizer's files, or has another model's.")
     # A file may hold two different matrices where its config calls them tied: believe the file.
     teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
-    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        fuse_norms(teacher.to("cuda"))
     return teacher.eval().requires_grad_(False), tokenizer
 
 
@@ -1003,38 +1030,31 @@ def rows_of(path):
             yield from batch.to_pylist()
         return
     with open(path, encoding="utf-8-sig") as file:  # a byte order mark is no text
-        if path.suffix == ".txt":
+        if path.suffix == ".txt":  # blank lines separate documents; without any, each line is one
             text = file.read().strip()
-            # Blank lines separate documents or, if there are none, each line is one.
             documents = re.split(r"\n\s*\n", text)
             if len(documents) == 1:
                 documents = text.split("\n")
-            for document in documents:
-                yield {"text": document}
+            yield from ({"text": document} for document in documents)
         elif path.suffix == ".json":
             yield from json.load(file, **AS_WRITTEN)
         else:
-            for line in file:
-                if line.strip():
-                    yield json.loads(line, **AS_WRITTEN)
+            for line in filter(str.strip, file):
+                yield json.loads(line, **AS_WRITTEN)
 
 
 def document_of(row, where):
-    """A row as {"prompt", "answer"}: a `question` and its `answer`, or "" and its `text`.
-
-    Numbers and booleans are text, too, and null is "". UserError: it has neither, or more.
-    """
+    """A row's {"prompt", "answer"}: `question` and `answer`, or "" and `text`. UserError: neither."""
     row = row if isinstance(row, dict) else {"no object": row}
     known = "text" in row or {"question", "answer"} <= row.keys()
     held = ", ".join(row)
     require(known, f"{where} lacks a `text`, or `question` and `answer`; it has {held}.")
     text = dict.fromkeys(FIELDS, "")
     for name in FIELDS & row.keys():
-        value = row[name]
-        usable = value is None or isinstance(value, str | int | float)
+        value = "" if row[name] is None else row[name]
+        usable = isinstance(value, str | int | float)
         require(usable, f"{where} has a {type(value).__name__} as its {name}, not a string.")
-        if value is not None:
-            text[name] = str(value).lower() if isinstance(value, bool) else str(value)
+        text[name] = str(value).lower() if isinstance(value, bool) else str(value)
     if text["question"] and text["answer"]:
         return {"prompt": f"Question: {text['question']}\nAnswer: ", "answer": text["answer"]}
     return {"prompt": "", "answer": text["text"]}
@@ -1060,7 +1080,6 @@ def open_documents(source, flag):
     for path in files:
         require(path.endswith(SUFFIXES), f"cannot read {path}; {flag} takes {SUFFIXES} files.")
     if files:
-        announce("text", f"{flag} {source}, files: {len(files)}")
         return datasets.IterableDataset.from_generator(local_documents, gen_kwargs={"files": files})
     with as_user_error(f"{flag} {source} is no file, nor a hub dataset in reach ({{}})."):
         name, config, split = [*source.split(":"), None, None][:3]
@@ -1078,8 +1097,9 @@ def packed(documents, task, batch_size, seq_len):
         if end is not None and ids[-1:] != [end]:
             ids.append(end)
         most = max(ids, default=0)
-        token = tokenizer.convert_ids_to_tokens(most)
-        require(most < vocabulary, f"the teacher's embedding has no row for {token!r} of the text.")
+        require(
+            most < vocabulary, f"the teacher's embedding has no row for token {most} of the text."
+        )
         tokens += ids
         while len(tokens) >= size:
             ids = torch.tensor(tokens[:size]).view(batch_size, seq_len)
@@ -1133,9 +1153,8 @@ def open_task(config, name):
 
 
 # ==== Folders and checkpoints =================================================================
-# OUT holds the students of one teacher under one set of settings, each in a folder of its own, and
-# each goes on from its last checkpoint. Only the first process writes, and nothing is deleted but
-# checkpoints that newer ones replace.
+# OUT holds the students of one teacher under one set of settings, each in a folder of its own. Only
+# the first process writes, and nothing is deleted but checkpoints that newer ones replace.
 
 NOT_IDENTITY = ("out", "save_every", "measure_every", "methods")
 LOCKS = []  # the folder that this command works in, open
@@ -1168,27 +1187,25 @@ def open_folder(folder, settings):
         require(stored["program"] == "red.py", sentence)
     for name in sorted(stored | settings):
         there, here = stored.get(name, "nothing"), settings.get(name, "nothing")
-        gone = name.endswith("on disk") and here == "nothing"
-        require(not gone, f"the {name} is missing, with which {folder} was begun: {there}.")
         sentence = f"{folder} was made with another {name}: {there} there, {here} here"
         require(there == here, f"{textwrap.shorten(sentence, 300)}; name another --out.")
 
 
-def save_checkpoint(folder, step, student, optimizers):
-    """Save what resuming after `step` needs; the previous one is kept. UserError: cannot write."""
+def save_checkpoint(folder, records, student, optimizers):
+    """Save what going on needs, with the records of all steps. UserError: cannot write."""
     folder.mkdir(exist_ok=True)
     states = [optimizer.state_dict() for optimizer in optimizers]
-    state = {"step": step, "student": student.parameters(), "optimizers": states}
-    write(folder / f"step-{step:07}.pt", state)
+    state = {"records": records, "student": student.parameters(), "optimizers": states}
+    write(folder / f"step-{records[-1]['step']:07}.pt", state)
     for path in [*folder.glob("*.partial"), *sorted(folder.glob("step-*.pt"))[:-2]]:
         path.unlink()
 
 
 def load_checkpoint(folder, student, optimizers):
-    """Load the newest checkpoint and return its step; 0 if there is none. UserError: damaged."""
+    """Load the newest checkpoint and return its records; [] if there is none. UserError: damaged."""
     paths = gather(sorted(folder.glob("step-*.pt")))[0]  # the first process chooses for all
     if not paths:
-        return 0
+        return []
     sentence = f"{paths[-1]} is damaged; move it away, and the run goes on from the one before."
     with as_user_error(sentence):
         require(zipfile.ZipFile(paths[-1]).testzip() is None, sentence)
@@ -1198,7 +1215,7 @@ def load_checkpoint(folder, student, optimizers):
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     announce("checkpoint", f"going on from {paths[-1]}")
-    return state["step"]
+    return state["records"]
 
 
 def export_student(student, task, folder):
@@ -1222,8 +1239,7 @@ def export_student(student, task, folder):
 
 
 # ==== A run ===================================================================================
-# Calibrate, then for each method: train, export, measure what was exported. The students differ in
-# how their projections start, and in nothing else.
+# The students of a run differ in how their projections start, and in nothing else.
 
 
 def tiny_teacher_folder(config):
@@ -1243,21 +1259,6 @@ def tiny_teacher_folder(config):
     return folder
 
 
-def announce_plan(config, name, task, hidden_size):
-    """Say what is about to be done, and what of it may surprise."""
-    wide, place = task.teacher.config, f"{process()[1]} x {task.teacher.device}"
-    announce("students", f"width {hidden_size} of {wide.hidden_size} of {name}, on {place}")
-    if wide.tie_word_embeddings and set(config.methods) & set(ROTATIONS):
-        more = wide.vocab_size * hidden_size
-        announce("note", f"rotations untie the head, {more:,} weights more")
-    if config.model and hidden_size % 32:
-        announce("note", "no multiple of 32: llama.cpp cannot quantise all of it")
-    if serves_as_llama(wide):
-        announce("note", "exported as a Llama with biases")
-    elif wide.model_type == "qwen2":
-        announce("note", "a Qwen2 with windows: vLLM misreads its heads, llama.cpp refuses it")
-
-
 def measure_model(model, task, config, finished=False):
     """All that is measured on a model, a dict; finished: with the tiny world's questions, too."""
     result = {"parameters": model.num_parameters()} | evaluate(model, task.held_out)
@@ -1273,14 +1274,11 @@ def train_student(method, config, student, task, scales):
     folder, first = Path(config.out) / method, process()[0] == 0
     optimizers = make_optimizers(student, config)
     folder.mkdir(exist_ok=True)
-    done = load_checkpoint(folder / "checkpoints", student, optimizers)
-    metrics = folder / "metrics.jsonl"
-    if done > 0:  # what came after the checkpoint will come again
-        with as_user_error(f"{metrics} is damaged ({{}}); move {folder} away to train anew."):
-            records = [json.loads(line) for line in metrics.read_text().splitlines()[: done + 1]]
-            require(records[done]["step"] == done, f"{metrics} lacks steps; move {folder} away.")
-    else:
+    records = load_checkpoint(folder / "checkpoints", student, optimizers)
+    if not records:
         records = [{"step": 0, "tokens": 0, "held_out": measure_model(student.model, task, config)}]
+    # The file goes back to the checkpoint, too: what came after it will come again.
+    done, metrics = records[-1]["step"], folder / "metrics.jsonl"
     write(metrics, "".join(json.dumps(record) + "\n" for record in records))
     # A resumed run rereads all data up to where it stopped: a shuffled stream cannot skip.
     batches = itertools.islice(training_batches(config, task), done * config.grad_accum, None)
@@ -1288,7 +1286,8 @@ def train_student(method, config, student, task, scales):
     signals = []  # they wait for the end of a step, and then end the run
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    for record in progress(loop, method, initial=done, total=config.steps):
+    bar = tqdm(loop, method, config.steps, leave=False, disable=not first, initial=done)
+    for record in bar:
         step, last = record["step"], record["step"] == config.steps
         record["tokens"] *= step
         if config.measure_every and (last or step % config.measure_every == 0):
@@ -1300,7 +1299,7 @@ def train_student(method, config, student, task, scales):
                 print(json.dumps(record), file=file)
         stopping = any(gather(signals))  # all processes stop together
         if first and (last or stopping or config.save_every and step % config.save_every == 0):
-            save_checkpoint(folder / "checkpoints", step, student, optimizers)
+            save_checkpoint(folder / "checkpoints", records, student, optimizers)
         if stopping:
             raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1338,7 +1337,10 @@ def run(config):
     name = config.model or tiny_teacher_folder(config)
     task = open_task(config, name)
     hidden_size = student_width(config.ratio, task.teacher.config)
-    announce_plan(config, name, task, hidden_size)
+    wide, place = task.teacher.config, f"{process()[1]} x {task.teacher.device}"
+    announce("students", f"width {hidden_size} of {wide.hidden_size} of {name}, on {place}")
+    if config.model and hidden_size % 32:
+        announce("note", "no multiple of 32: slow on GPUs; llama.cpp cannot quantise all of it")
     calibration = calibrate(task.teacher, task.calibration, hidden_size)
     rows = {"teacher": measure_model(task.teacher, task, config, finished=True)}
     write(out / "settings.json", settings)  # only now, when the input is known to be good
@@ -1356,18 +1358,19 @@ def table(rows):
     """Label -> summary, as text: a line for each, and a legend."""
     lines, tiny = {}, "pairs" in rows["teacher"]
     for label, row in rows.items():
-        cells = {"parameters": f"{row['parameters'] / 1e6:,.2f}M"}
-        cells["  loss"] = f"{row['loss']:.3f}"
+        cells = {"parameters": f"{row['parameters'] / 1e6:,.2f}M", "  loss": f"{row['loss']:.3f}"}
+        shares = {}
         if tiny:
-            cells["pairs: chosen"] = f"{row['pairs']['chosen']:.0%}"
-            cells["written"] = f"{row['pairs']['written']:.0%}"
-            cells["chains: chosen"] = f"{row['chains']['chosen'][-1]:.0%}"
+            shares["pairs: chosen"] = row["pairs"]["chosen"]
+            shares["written"] = row["pairs"]["written"]
+            shares["chains: chosen"] = row["chains"]["chosen"][-1]
             for length in (1, 3, 5):
-                cells[f"of {length}"] = f"{row['chains']['written'][length - 1]:.0%}"
+                shares[f"of {length}"] = row["chains"]["written"][length - 1]
         if "results" in row:
-            cells["results right"] = f"{row['results']:.0%}"
-            cells["other tokens right"] = f"{row['other_tokens']:.0%}"
-        cells["eRank"] = f"{sum(row['erank']) / len(row['erank']):.1f}"
+            shares["results right"] = row["results"]
+            shares["other tokens right"] = row["other_tokens"]
+        cells |= {heading: f"{share:.0%}" for heading, share in shares.items()}
+        cells["eRank"] = f"{statistics.fmean(row['erank']):.1f}"
         lines[label] = cells
     width = max(map(len, lines))
     told = ["  ".join([" " * width, *lines["teacher"]])]
@@ -1377,9 +1380,9 @@ def table(rows):
     told.append("loss: held out, nats per token. eRank: effective rank, the mean of the blocks.")
     if tiny:
         told.append(
-            "pairs: knowledge. chains: reasoning. chosen: the likeliest of four, for chains"
+            "pairs: knowledge. chains: reasoning. chosen: the likeliest of four answers, for"
         )
-        told.append("of 5 operations; written, and of 1, 3, 5: by the model itself.")
+        told.append("chains of 5 operations; written, and of 1, 3, 5: by the model itself.")
     return "\n".join(told)
 
 
@@ -1434,9 +1437,6 @@ def check(config, typed):
         fits = not isinstance(value, int | float) or lowest <= value < 2**63
         require(fits, f"{flag} must be a number of at least {lowest}, got {value}.")
         require(config.model or "data" not in name, f"{flag} needs --model, the teacher.")
-        apart = Path(str(value)).resolve() not in Path(config.out).resolve().parents
-        apart = apart or value == "none" or name not in ("model", "data", "eval_data")
-        require(apart, f"--out {config.out} lies in {value}, and would be read; name another.")
     require(0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
     trained = {path.resolve() for path in files_of(config.data)} or {config.data}
     asked = {path.resolve() for path in files_of(config.eval_data)} or {config.eval_data}

@@ -37,7 +37,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # the hub out of reach, at once and everywhe
 
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import red
@@ -74,6 +74,7 @@ SEVEN += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 LINEAR = [f"model.layers.{i}.{name}" for i in (0, 1) for name in SEVEN]
 WRITERS = ("o_proj", "down_proj")
 every_family = pytest.mark.parametrize("family", FAMILIES)
+MUON = dict(weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 both_optimizers = pytest.mark.parametrize("optimizer", ["adam", "muon"])
 
 
@@ -541,6 +542,16 @@ def test_the_gradients_of_a_step_are_those_of_the_formulas(family, method):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
+@every_family
+def test_fused_norms_compute_what_those_of_transformers_do(family):
+    teacher, ids = make_teacher(family), make_batch()["input_ids"]
+    expected = teacher(ids).logits
+    red.fuse_norms(teacher)
+    torch.testing.assert_close(teacher(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    teacher.model.norm.weight.data *= 2  # as merging changes them
+    torch.testing.assert_close(teacher(ids).logits, 2 * expected, atol=1e-4, rtol=1e-4)
+
+
 def test_no_micro_batch_is_read_before_it_is_needed():
     teacher, seen = make_teacher(), []
     student, _ = make_student(teacher)
@@ -557,17 +568,6 @@ def test_no_micro_batch_is_read_before_it_is_needed():
         train(teacher, student, [make_batch()], config_of(steps=3))
 
 
-def orthogonalised(matrix):
-    """Five Newton-Schulz iterations towards the nearest orthogonal matrix, in bfloat16."""
-    x = matrix.T.bfloat16()  # wide
-    x = x / x.norm()
-    for _ in range(5):
-        gram = x @ x.T
-        both = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.addmm(x, both, x, beta=3.4445)
-    return x.T.to(matrix.dtype)
-
-
 def adam_step(parameter, gradient, state, number, rate):
     first, second = state.setdefault(parameter, [torch.zeros_like(gradient) for _ in range(2)])
     first.copy_(0.9 * first + 0.1 * gradient)
@@ -577,10 +577,9 @@ def adam_step(parameter, gradient, state, number, rate):
 
 
 def muon_step(parameter, gradient, state, number, rate):
-    momentum = state.setdefault(parameter, torch.zeros_like(gradient))
-    momentum.copy_(0.95 * momentum + 0.05 * gradient)
-    update = orthogonalised(0.95 * momentum + 0.05 * gradient)  # Nesterov's
-    parameter.data -= rate * 0.2 * math.sqrt(max(parameter.shape)) * update
+    muon = state.setdefault(parameter, torch.optim.Muon([parameter], **MUON))
+    parameter.grad, muon.param_groups[0]["lr"] = gradient.clone(), rate
+    muon.step()
 
 
 @both_optimizers
@@ -613,6 +612,19 @@ def test_training_is_a_reference_written_out(method, optimizer):
             parameter.data.copy_(got)
         # Now and then a bfloat16 of Muon's is rounded the other way.
         assert sum(errors) / len(errors) < (5e-3 if optimizer == "muon" else 1e-5)
+
+
+def test_muon_is_that_of_torch_for_any_number_of_matrices():
+    ours = [torch.nn.Parameter(torch.randn(24, 10)) for _ in range(37)]
+    theirs = [torch.nn.Parameter(parameter.detach().clone()) for parameter in ours]
+    optimizers = [red.Muon(ours), torch.optim.Muon(theirs, **MUON)]
+    for rate in (0.3, 0.2, 0.0, 0.1):
+        for one, other in zip(ours, theirs):
+            one.grad = other.grad = torch.randn(24, 10)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+        torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), atol=2e-3, rtol=0)
 
 
 @both_optimizers
@@ -806,10 +818,9 @@ def test_evaluate_against_plain_formulas():
     loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), targets)
     first = output.hidden_states[1].flatten(0, 1)
     cosines = torch.nn.functional.cosine_similarity(first[:, None], first[None], dim=-1)
-    similarity = (cosines.sum() - len(first)).item() / (len(first) * (len(first) - 1))
     assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert result["erank"][0] == pytest.approx(effective_rank_by_hand(first), rel=1e-5)
-    assert result["similarity"][0] == pytest.approx(similarity, abs=1e-5)
+    assert result["similarity"][0] == pytest.approx(cosines.mean().item(), abs=1e-5)
     few = red.evaluate(teacher, [batch] * 3, tokens=10)  # for the ranks
     assert few["erank"][0] == pytest.approx(effective_rank_by_hand(first[:10]), rel=1e-5)
 
@@ -911,20 +922,13 @@ def test_what_is_chosen_is_the_likeliest_answer(kind):
     assert red.share_chosen(model, tokenizer, [("So 4", ["0", "2"])] * 2) == 0
 
 
-def test_greedy_is_greedy_whatever_the_teachers_files_say():
-    """Sampling, stop strings, penalties; and a tokenizer that ends each text itself."""
+def test_generation_is_greedy_whatever_the_teachers_files_say():
     model, tokenizer = make_teacher("qwen3"), red.tiny_tokenizer()
-    options = dict(do_sample=True, temperature=9.0, stop_strings=["1"], repetition_penalty=5.0)
-    options |= dict(max_length=5, num_beams=3, eos_token_id=[*range(40)], min_new_tokens=3)
-    model.generation_config = transformers.GenerationConfig(**options)
+    model.generation_config = transformers.GenerationConfig(do_sample=True, temperature=9.0)
     prompts, expected = ["1+2=?", "3*4=?", "7-7=?"], []
     for prompt in prompts:
         ids = greedy(model, [ALPHABET.index(character) for character in prompt], 12)
         expected.append("".join(ALPHABET[i] for i in ids[: [*ids, 44].index(44)] if i < 45))
-    assert red.generate(model, tokenizer, prompts, 12) == expected
-    ends = processors.TemplateProcessing(single="$A \n", special_tokens=[("\n", 44)])
-    tokenizer.backend_tokenizer.post_processor = ends
-    assert tokenizer("7")["input_ids"] == [7, 44]
     assert red.generate(model, tokenizer, prompts, 12) == expected
 
 
@@ -1052,7 +1056,7 @@ def test_packing_loses_nothing_but_the_last_row_and_names_unknown_tokens():
     task.tokenizer.add_special_tokens(added)
     task.teacher.config.vocab_size = 45  # as many as the alphabet has
     assert text_of(red.packed(documents, task, 2, 6)) == "abc\nabd\nabef"
-    with pytest.raises(red.UserError, match=r"'<\|user\|>'"):
+    with pytest.raises(red.UserError, match="no row for token 46"):
         list(red.packed([{"prompt": "", "answer": "a<|user|>b"}], task, 1, 4))
 
 
@@ -1098,11 +1102,9 @@ def run_of(real, out, words="", data="data.txt"):
 
 def test_rows_of_the_hub_keep_their_other_columns(real, monkeypatch):
     rows = datasets.Dataset.from_list([{"question": "7", "answer": "<<1=1>>11111111", "id": 3}] * 9)
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *names, **options: rows.to_iterable_dataset()
-    )
-    words = run_of(real, "out", "--data a/b --eval-data c/d --seq-len 16")
-    config = red.parse_arguments(words)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+    words = "--data a/b --eval-data c/d --seq-len 16"
+    config = red.parse_arguments(run_of(real, "out", words))
     assert len(red.open_task(config, config.model).problems) == 9
 
 
@@ -1132,15 +1134,14 @@ def test_a_run_leaves_what_it_promises(real, tmp_path, capsys):
     assert f"{real}/teacher" in card and f"{rows['red']['loss']:.3f}" in card
     said = capsys.readouterr().out
     assert "width 48 of 96" in said and str(out) in said
-    # The same command again; one more method; a damaged result; other settings.
+    # The same command again; one more method; a damaged record; other settings.
     assert red.main(run_of(real, out)) == 0 and rows_of(out) == rows
     assert red.main(run_of(real, out, "--methods red lrc")) == 0
     assert list(rows_of(out)) == ["teacher", "red", "lrc"] and rows_of(out)["red"] == rows["red"]
     (out / "lrc/metrics.jsonl").write_text("{")
-    for change, told in (("--seed 1", "seed: 0 there, 1 here"), ("--methods lrc", "run/lrc")):
-        assert red.main(run_of(real, out, change)) == 2
-        error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-        assert told in error and "delete" not in error
+    assert red.main(run_of(real, out, "--methods lrc")) == 0 and len(records_of(out, "lrc")) == 3
+    assert red.main(run_of(real, out, "--seed 1")) == 2
+    assert "seed: 0 there, 1 here" in capsys.readouterr().err
 
 
 def test_several_methods_share_one_table_and_the_seed_decides(real, tmp_path, capsys):
@@ -1206,8 +1207,7 @@ def test_what_was_read_is_known_and_what_changed_or_is_missing_is_named(real, tm
         path.write_text(content)
     (tmp_path / "data.txt").unlink()
     assert red.main(words) == 2
-    said = capsys.readouterr().err
-    assert "missing" in said and "data.txt" in said and "delete" not in said
+    assert re.search("data.txt: .* there, nothing here", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("change", ["embedding", "row", "gain", "outputs", "tied"])
