@@ -61,6 +61,8 @@ def main(path, sequences, length, *names):
     width = wanted[0] if wanted else width
     names = [name for name in names if not name.startswith("width=")]
     teacher = build(values).eval().requires_grad_(False)
+    if GPU:
+        red.fuse_norms(teacher)  # as red.py does: the floor's teacher has them, too
     data = batches(values.vocab_size, int(sequences), int(length))
     work = {}
     for name in names:

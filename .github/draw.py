@@ -3,10 +3,9 @@
     python .github/draw.py OUT             a run's held-out loss and effective rank: OUT/curves.png
     python .github/draw.py --study RUNS    the study's pictures, beside this file
 
-RUNS holds the study's runs by the names of its commands: wRATIO-OPTIMIZER-SEED are the tiny
-world's, long-OPTIMIZER-METHOD a real teacher's. In watch-OPTIMIZER.jsonl each line has of one step
-of lrc the "step", "erank" and "similarity" by block, and by matrix "values", every 8th singular
-value, and "spread", the largest over the mean.
+RUNS holds the study's runs by the names of its commands: wRATIO-OPTIMIZER-SEED and, of other
+lengths, sSTEPS-OPTIMIZER-SEED are the tiny world's; long-OPTIMIZER-METHOD a real teacher's, with
+long1-... for seed 1; kept.json and watch-OPTIMIZER.jsonl are what .github/watch.py writes.
 """
 
 import json
@@ -111,13 +110,14 @@ def draw_optimisers(runs):
     for method in ("red", "pca", "lrc"):
         for optimizer in OPTIMIZERS:
             curves = [seed[method]["curve"] for seed in summaries(runs, f"w0.5-{optimizer}")]
-            long = curves_of(runs / f"long-{optimizer}-{method}")[method]
-            for axes, seeds in ((tiny, curves), (real, [long])):
+            folders = sorted(runs.glob(f"long*-{optimizer}-{method}"))
+            long = [curves_of(folder)[method] for folder in folders]
+            for axes, seeds in ((tiny, curves), (real, long)):
                 steps = [record["step"] for record in seeds[0]]
                 columns = [[point["held_out"]["loss"] for point in some] for some in zip(*seeds)]
                 draw(axes, steps, columns, method, optimizer)
     tiny.set(title="tiny world, width 48 of 96, three seeds", ylabel=LOSS, yscale="log")
-    real.set(title="SmolLM2-135M-Instruct, width 288 of 576, one seed")
+    real.set(title="SmolLM2-135M, width 288 of 576, two seeds (lrc, adam: one)")
     loss_axis(real)
     save(figure, "optimisers.png", "held-out loss over steps: three starts, two optimisers", tiny)
 
@@ -150,23 +150,39 @@ def draw_spectrum(runs):
 
 
 def draw_budget(runs):
-    """Written answers in the tiny world against width."""
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    """Written answers in the tiny world against width, and against steps."""
+    figure = Figure(figsize=(15, 8), layout="constrained")
     kinds = {"pairs written, %": lambda row: row["pairs"]["written"]}
     kinds["chains of five written, %"] = lambda row: row["chains"]["written"][-1]
-    for row, (kind, score) in zip(figure.subplots(2, 2), kinds.items()):
-        for axes, optimizer in zip(row, OPTIMIZERS):
-            found = [summaries(runs, f"w{ratio}-{optimizer}") for ratio in (0.1667, 0.25, 0.5)]
+    widths = {16: "w0.1667", 24: "w0.25", 48: "w0.5", 72: "w0.75"}
+    steps = {25: "s25", 50: "s50", 100: "w0.5", 200: "s200"}
+    columns = [("student's width, 100 steps", widths, optimizer) for optimizer in OPTIMIZERS]
+    columns += [("steps at width 48", steps, optimizer) for optimizer in OPTIMIZERS]
+    for row, (kind, score) in zip(figure.subplots(2, 4), kinds.items()):
+        for axes, (what, names, optimizer) in zip(row, columns):
+            found = [summaries(runs, f"{name}-{optimizer}") for name in names.values()]
             for method in STYLES:
-                columns = [[100 * score(seed[method]) for seed in seeds] for seeds in found]
-                draw(axes, (16, 24, 48), columns, method)
-            seeds = ", ".join(str(len(some)) for some in found)
-            axes.set(title=f"{optimizer}; seeds: {seeds}", ylabel=kind, ylim=(0, 104))
-            axes.set(xlabel="student's width", xscale="log")
-            axes.set_xticks([16, 24, 48], [16, 24, 48])
+                shares = [[100 * score(seed[method]) for seed in seeds] for seeds in found]
+                draw(axes, list(names), shares, method)
+            axes.set(title=optimizer, ylabel=kind, ylim=(0, 104), xlabel=what, xscale="log")
+            axes.set_xticks(list(names), list(names))
             axes.minorticks_off()
-    title = "tiny world, teacher 96 wide, 100 steps: mean and range of the seeds"
+    title = "tiny world, teacher 96 wide: mean and range of three seeds"
     save(figure, "budget.png", title, axes, 8)
+
+
+def draw_kept(runs):
+    """What the starts keep of a real teacher's stream, norm by norm."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for method, shares in json.loads((runs / "kept.json").read_text()).items():
+        color, _, line = STYLES[method]
+        percent = [100 * share for share in shares]
+        axes.plot(range(1, len(percent) + 1), percent, color=color, ls=line, label=method)
+    axes.set(xlabel="norm, from the first block's first to the last", ylabel="kept, %")
+    axes.set(ylim=(0, 100))
+    title = "SmolLM2-135M-Instruct: share of each norm's input in 288 of 576 channels or directions"
+    save(figure, "kept.png", title, axes, 5)
 
 
 def draw_real(runs):
@@ -196,8 +212,12 @@ def draw_real(runs):
 if __name__ == "__main__":
     place = Path(sys.argv[-1])
     if sys.argv[1:-1] == ["--study"]:
-        for picture in (draw_compare, draw_optimisers, draw_spectrum, draw_budget, draw_real):
-            picture(place)
+        draw_compare(place)
+        draw_optimisers(place)
+        draw_spectrum(place)
+        draw_budget(place)
+        draw_kept(place)
+        draw_real(place)
     elif len(sys.argv) == 2 and curves_of(place):
         draw_curves(place)
     else:
