@@ -31,7 +31,6 @@ import os
 import random
 import re
 import signal
-import statistics
 import string
 import sys
 import textwrap
@@ -39,6 +38,7 @@ import time
 import zipfile
 import zlib
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow.parquet
 import tokenizers
@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 # Every choice of a run is one field of one dataclass, with its help text.
 
 METHODS = {  # by where all projections start
-    "red": "the teacher's most active channels, one set for all matrices: the paper's",
+    "red": "the most active channels, one set for all matrices: the paper's",
     "red-variance": "the channels that vary most in what the norms put out [new]",
     "random-selection": "one set of random channels",
     "pca": "the principal directions of the teacher's stream [new, after SliceGPT]",
@@ -90,7 +90,7 @@ class Config:
     eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if nothing is local")
     eval_problems: int = setting(200, "how many of --eval-data's problems to measure")
     measure_every: int = setting(250, "steps between measurements; 0: at the start only")
-    out: str | None = setting(None, "results folder; unset: runs/, named by non-default settings")
+    out: str | None = setting(None, "results folder; unset: one in runs/, named by the settings")
     save_every: int = setting(250, "steps between checkpoints; 0: at the end only")
 
 
@@ -908,7 +908,7 @@ def share_chosen(model, tokenizer, questions):
         losses.append(F.cross_entropy(logits.float(), answer, reduction="sum"))
     losses = torch.stack(losses).view(len(questions), -1)
     right = losses[:, 0] < losses[:, 1:].amin(1)
-    return statistics.fmean(right.tolist())
+    return fmean(right.tolist())
 
 
 def tiny_questions(count):
@@ -940,7 +940,7 @@ def tiny_scores(model, tokenizer, count=200):
         right = []
         for answer, truth in zip(answers, truths):
             right.append(answer.strip().split("#")[-1] == truth.strip().split("#")[-1])
-        written.append(statistics.fmean(right))
+        written.append(fmean(right))
     scores = {"pairs": {"chosen": chosen[0], "written": written[0]}}
     scores["chains"] = {"chosen": chosen[1:], "written": written[1:]}
     return scores | {"example": prompts[0] + answers[0].strip()}
@@ -959,7 +959,7 @@ def result_scores(model, problems, batch_size):
                 results.append(all(right[span]))
                 del right[span]
             others += right
-    return {"results": statistics.fmean(results), "other_tokens": statistics.fmean(others)}
+    return {"results": fmean(results), "other_tokens": fmean(others)}
 
 
 # ==== Teachers and text (App. F) ==============================================================
@@ -1370,7 +1370,7 @@ def table(rows):
             shares["results right"] = row["results"]
             shares["other tokens right"] = row["other_tokens"]
         cells |= {heading: f"{share:.0%}" for heading, share in shares.items()}
-        cells["eRank"] = f"{statistics.fmean(row['erank']):.1f}"
+        cells["eRank"] = f"{fmean(row['erank']):.1f}"
         lines[label] = cells
     width = max(map(len, lines))
     told = ["  ".join([" " * width, *lines["teacher"]])]
@@ -1441,7 +1441,7 @@ def check(config, typed):
     trained = {path.resolve() for path in files_of(config.data)} or {config.data}
     asked = {path.resolve() for path in files_of(config.eval_data)} or {config.eval_data}
     apart = config.data is None or not trained & asked
-    require(apart, "--eval-data is part of --data, and would be trained on; name another.")
+    require(apart, "--eval-data is part of --data; name another.")
 
 
 def carry_out(config):
