@@ -210,7 +210,7 @@ def channel_importance(means):
 
 
 def select_channels(importance, hidden_size):
-    """Indices of the best channels, ascending, (d_s,) int64 (§5). ValueError: no such hidden_size."""
+    """Indices of the best channels, ascending, (d_s,) int64 (§5). ValueError: no such width."""
     if not 0 < hidden_size <= len(importance):
         raise ValueError(f"cannot keep {hidden_size} of {len(importance)} channels")
     order = torch.sort(importance, descending=True, stable=True).indices  # of equals the lower
@@ -656,7 +656,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(student, config):
-    """A list of optimisers: Adam, the paper's, or Muon for the projections and Adam for the gains."""
+    """Optimisers, a list: Adam, the paper's, or Muon for the projections and Adam for the gains."""
     if config.optimizer == "adam":
         return [torch.optim.Adam(student.parameters(), fused=True)]
     muon = Muon(student.projections.values())
@@ -947,7 +947,7 @@ def tiny_scores(model, tokenizer, count=200):
 
 
 def result_scores(model, problems, batch_size):
-    """Shares right, by `encode_answer`, of `results` and of `other_tokens`: general ability [new]."""
+    """Shares right of problems' `results`, and of `other_tokens`, general ability (§6) [new]."""
     results, others = [], []
     for first in range(0, len(problems), batch_size):
         few = problems[first : first + batch_size]
@@ -1044,7 +1044,7 @@ def rows_of(path):
 
 
 def document_of(row, where):
-    """A row's {"prompt", "answer"}: `question` and `answer`, or "" and `text`. UserError: neither."""
+    """A row's {"prompt", "answer"}: `question`, `answer`, or "" and `text`. UserError: neither."""
     row = row if isinstance(row, dict) else {"no object": row}
     known = "text" in row or {"question", "answer"} <= row.keys()
     held = ", ".join(row)
@@ -1202,7 +1202,7 @@ def save_checkpoint(folder, records, student, optimizers):
 
 
 def load_checkpoint(folder, student, optimizers):
-    """Load the newest checkpoint and return its records; [] if there is none. UserError: damaged."""
+    """Load the newest checkpoint and return its records; without one, []. UserError: damaged."""
     paths = gather(sorted(folder.glob("step-*.pt")))[0]  # the first process chooses for all
     if not paths:
         return []
