@@ -82,7 +82,7 @@ class Config:
     steps: int = setting(1000, "optimiser steps; 0: export and measure the start")
     batch_size: int = setting(8, "sequences per micro-batch and process")
     grad_accum: int = setting(1, "micro-batches per optimiser step and process")
-    optimizer: str = setting("adam", "muon is [new]", choices=("adam", "muon"))
+    optimizer: str = setting("adam", "adam, or muon [new]", choices=("adam", "muon"))
     learning_rate: float = setting(3e-4, "its peak; muon has defaults of its own")
     temperature: float = setting(1.0, "softens both distributions in KL")
     alpha: float = setting(0.2, "weight of the alignment loss")
@@ -217,9 +217,9 @@ def select_channels(importance, hidden_size):
     return order[:hidden_size].sort().values
 
 
-def selection_matrix(channels, width):
-    """S in {0,1}, (width, d_s) float32: S[channels[j], j] = 1 (§5)."""
-    return torch.eye(width)[:, channels.cpu()]  # S.T @ S = I: all singular values are 1 (Thm. 5.1)
+def selection_matrix(channels, teacher_width):
+    """S in {0,1}, (d_t, d_s) float32: S[channels[j], j] = 1 (§5)."""
+    return torch.eye(teacher_width)[:, channels.cpu()]  # all singular values are 1 (Thm. 5.1)
 
 
 @dataclasses.dataclass
@@ -393,14 +393,14 @@ def initial_projection(method, calibration, generator):
     """Where a projection starts, by any of METHODS: (d_t, d_s) float32 (§5, §6)."""
     if method in calibration.bases:
         return calibration.bases[method]
-    width, hidden_size = calibration.bases["red"].shape
+    teacher_width, hidden_size = calibration.bases["red"].shape
     if method == "random-selection":
-        chosen = torch.randperm(width, generator=generator)[:hidden_size]
-        return selection_matrix(chosen.sort().values, width)
-    gaussian = torch.randn(width, hidden_size, generator=generator)
+        chosen = torch.randperm(teacher_width, generator=generator)[:hidden_size]
+        return selection_matrix(chosen.sort().values, teacher_width)
+    gaussian = torch.randn(teacher_width, hidden_size, generator=generator)
     if method == "lrc":
         # N(0, 0.02) belongs to LRC's own width; a narrower one would lose the signal [differs].
-        return 0.02 * (3072 / width) ** 0.5 * gaussian
+        return 0.02 * (3072 / teacher_width) ** 0.5 * gaussian
     q, r = torch.linalg.qr(gaussian.double())
     return (q * r.diagonal().sign()).float()  # uniform over all orthonormal bases
 
@@ -713,9 +713,9 @@ def as_user_error(sentence):
     """Re-raise errors in the block as UserError: `sentence`, with the error's text for {}."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError):
+            raise
         text = textwrap.shorten(str(error) or type(error).__name__, 250).rstrip(".")
         raise UserError(sentence.replace("{}", text)) from error
 
@@ -977,7 +977,7 @@ class Task:
 
     teacher: torch.nn.Module
     tokenizer: object
-    calibration: list = None  # batches
+    samples: list = None  # batches to calibrate on
     held_out: list = None  # batches
     documents: object = None  # to train on; None: the tiny world's lines
     problems: list = None  # by `encode_answer`, for `result_scores`
@@ -1129,7 +1129,7 @@ def open_task(config, name):
     require(length <= places, f"--seq-len is beyond the {places:,} positions of {name}.")
     if config.data is None:
         lines = tiny_batches(1, length, f"calibration {config.seed}")
-        task.calibration = list(itertools.islice(lines, config.calibration_samples))
+        task.samples = list(itertools.islice(lines, config.calibration_samples))
         task.held_out = [next(tiny_batches(128, length, f"held out {config.seed}"))]
         return task
     documents = open_documents(config.data, "--data")
@@ -1138,9 +1138,9 @@ def open_task(config, name):
     task.documents = documents.skip(aside)
     held_out = packed(documents.take(aside), task, 1, length)
     task.held_out = list(itertools.islice(held_out, 32))
-    calibration = packed(task.documents, task, 1, length)
-    task.calibration = list(itertools.islice(calibration, config.calibration_samples))
-    enough = task.held_out and task.calibration and count - aside >= process()[1]
+    samples = packed(task.documents, task, 1, length)
+    task.samples = list(itertools.islice(samples, config.calibration_samples))
+    enough = task.held_out and task.samples and count - aside >= process()[1]
     require(enough, f"{config.data} is too short: give more text, or a smaller --seq-len.")
     if config.eval_data not in (None, "none"):
         asked = open_documents(config.eval_data, "--eval-data")
@@ -1301,6 +1301,7 @@ def train_student(method, config, student, task, scales):
         if first and (last or stopping or config.save_every and step % config.save_every == 0):
             save_checkpoint(folder / "checkpoints", records, student, optimizers)
         if stopping:
+            gather()  # nobody leaves before the first has written
             raise KeyboardInterrupt
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -1318,13 +1319,12 @@ def make_student(method, config, task, calibration, teacher_row):
     if process()[0] == 0:
         export_student(student, task, folder / "student")
     gather()  # the others wait for it
-    # The merged model is measured as anyone would load it: reopened from the checkpoint.
-    exported, _ = load_teacher(str(folder / "student"))
+    exported, _ = load_teacher(str(folder / "student"))  # as anyone would reopen it
     summary = measure_model(exported, task, config, finished=True)
     summary["curve"] = [record for record in records if "held_out" in record]
     about = f"A {type(exported).__name__} by {method} of red.py, under its teacher's licence."
-    results = table({"teacher": teacher_row, method: summary})
-    write(folder / "student" / "README.md", f"{about}\n\n```\n{config}\n\n{results}\n```\n")
+    text = table({"teacher": teacher_row, method: summary})
+    write(folder / "student" / "README.md", f"{about}\n\n```\n{config}\n\n{text}\n```\n")
     return summary
 
 
@@ -1341,7 +1341,7 @@ def run(config):
     announce("students", f"width {hidden_size} of {wide.hidden_size} of {name}, on {place}")
     if config.model and hidden_size % 32:
         announce("note", "no multiple of 32: slow on GPUs; llama.cpp cannot quantise all of it")
-    calibration = calibrate(task.teacher, task.calibration, hidden_size)
+    calibration = calibrate(task.teacher, task.samples, hidden_size)
     rows = {"teacher": measure_model(task.teacher, task, config, finished=True)}
     write(out / "settings.json", settings)  # only now, when the input is known to be good
     for method in dict.fromkeys(config.methods):  # each once

@@ -1068,7 +1068,7 @@ def test_held_out_text_is_neither_trained_nor_calibrated_on(real, monkeypatch):
     config = red.parse_arguments(words.split())
     task = red.open_task(config, config.model)
     batches = list(itertools.islice(red.training_batches(config, task), 50))
-    trained, calibrated = text_of(batches), text_of(task.calibration)
+    trained, calibrated = text_of(batches), text_of(task.samples)
     assert sum(trained.count(line) >= 2 for line in twelve[30:]) > 50  # the data begins again
     assert twelve[0] in text_of(task.held_out) and twelve[30] not in text_of(task.held_out)
     assert not any(line in trained or line in calibrated for line in twelve[:30])

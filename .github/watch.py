@@ -62,12 +62,13 @@ def watch_random_start(task, calibration, config):
 
 
 def main(teacher, data, runs):
+    runs = Path(runs)
+    runs.mkdir(parents=True, exist_ok=True)
     short = {"seq_len": 256, "batch_size": 2, "steps": 240}
     config = red.Config(model=teacher, data=data, **short)
     task = red.open_task(config, teacher)
     width = red.student_width(config.ratio, task.teacher.config)
-    calibration = red.calibrate(task.teacher, task.calibration, width)
-    runs = Path(runs)
+    calibration = red.calibrate(task.teacher, task.samples, width)
     (runs / "kept.json").write_text(json.dumps(kept_shares(task.teacher, calibration)))
     for config.optimizer, config.learning_rate in RATES.items():
         with open(runs / f"watch-{config.optimizer}.jsonl", "w") as file:
@@ -76,4 +77,6 @@ def main(teacher, data, runs):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("watch.py needs TEACHER DATA RUNS; see its first lines.")
     main(*sys.argv[1:])
