@@ -1386,7 +1386,7 @@ train | train
 MODEL --data '' | --data is empty
 MODEL --data DIR/data.txt DIR/short.txt | short.txt
 MODEL --seq-len 257 | 256 positions
-MODEL --eval-data DIR/data.txt | trained on
+MODEL --eval-data DIR/data.txt | part of --data
 MODEL --eval-data DIR/short.txt | <<48/2=24>>
 MODEL --data DIR/short.txt | too short
 MODEL --data DIR/binary.txt | binary.txt
