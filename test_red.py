@@ -26,7 +26,6 @@ import time
 import types
 from pathlib import Path
 
-import datasets
 import pyarrow.parquet
 import pytest
 import torch
@@ -35,6 +34,7 @@ OUTSIDE = dict(os.environ)  # where a GPU is seen, if there is one
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # float32 on the CPU, also where there is a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"  # the hub out of reach, at once and everywhere
 
+import datasets
 import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
