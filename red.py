@@ -628,10 +628,9 @@ def orthogonalise(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon [new]: a projection moves in all its directions alike, for matrices of one shape.
+    """Muon [new], for matrices of one shape: they move in all their directions alike.
 
-    It is torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but 16 matrices
-    at once, so that a GPU need not wait for each, and every process computes its share of them.
+    It is torch.optim.Muon with adjust_lr_fn="match_rms_adamw" and no weight decay, but faster.
     """
 
     def __init__(self, matrices):
@@ -641,6 +640,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step, 16 matrices at once: a GPU need not wait for each. Every process does a share."""
         group, (rank, count) = self.param_groups[0], process()
         for first in range(0, len(group["params"]), 16):
             matrices = group["params"][first : first + 16]
@@ -651,7 +651,7 @@ class Muon(torch.optim.Optimizer):
             updates = torch.zeros_like(ahead)
             updates[rank::count] = orthogonalise(ahead[rank::count])
             add_up([updates])
-            size = 0.2 * max(ahead.shape[1:]) ** 0.5  # a step of Adam's has a mean square of 0.2^2
+            size = 0.2 * max(ahead.shape[1:]) ** 0.5  # RMS 0.2, as Adam's steps usually have
             torch._foreach_add_(matrices, updates.unbind(), alpha=-size * group["lr"])
 
 
