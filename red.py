@@ -640,7 +640,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """One step, 16 matrices at once: a GPU need not wait for each. Every process does a share."""
+        """One step: 16 matrices at once keep a GPU busy, and every process does its share."""
         group, (rank, count) = self.param_groups[0], process()
         for first in range(0, len(group["params"]), 16):
             matrices = group["params"][first : first + 16]
