@@ -40,12 +40,18 @@ def steps(teacher, width, batches, optimizer):
     calibration = red.calibrate(teacher, few, width)
     student = red.new_student("red", teacher, width, calibration)
     config = red.Config(optimizer=optimizer)
-    yield from red.distill(teacher, student, batches, config, calibration.scales)
+    loop = red.distill(teacher, student, batches, config, calibration.scales)
+    while True:
+        if GPU:
+            red.fuse_norms(teacher)  # as red.py does
+        yield next(loop)
 
 
 def floors(teacher, width, batches):
     ordinary = build(red.student_config(teacher.config, width))
     for batch in batches:
+        for module in teacher.modules():
+            vars(module).pop("forward", None)  # norms as transformers has them
         batch = {name: ids.to(DEVICE) for name, ids in batch.items()}
         with torch.no_grad():
             teacher(batch["input_ids"], use_cache=False)
@@ -61,8 +67,6 @@ def main(path, sequences, length, *names):
     width = wanted[0] if wanted else width
     names = [name for name in names if not name.startswith("width=")]
     teacher = build(values).eval().requires_grad_(False)
-    if GPU:
-        red.fuse_norms(teacher)  # as red.py does: the floor's teacher has them, too
     data = batches(values.vocab_size, int(sequences), int(length))
     work = {}
     for name in names:
