@@ -1,9 +1,10 @@
 """A step against its floor, taken in turns: python .github/bench.py CONFIG.json 8 512 step floor
 
 CONFIG.json: of any model, used with random weights; then sequences and tokens per micro-batch, and
-what to time: `step` (Adam), `muon` (a step with it), `floor` (the work that no distillation can
-avoid: the teacher's forward pass, and the forward and backward pass of an ordinary student), and
-`width=N` for a student that is not half as wide. For a peak of memory, ask for one alone.
+what to time: `step` (Adam), `muon` (a step with it), `reference` (a step as the formulas read),
+`floor` (the work that no distillation can avoid: the teacher's forward pass, and the forward and
+backward pass of an ordinary student); `width=N` for a student that is not half as wide; `float32`
+or `bfloat16`, where it is not the machine's. For a peak of memory, ask for one alone.
 """
 
 import itertools
@@ -21,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import red
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+DEVICE = "cuda" if GPU else "cpu"
 
 
-def build(config):
+def build(config, dtype):
     with torch.device(DEVICE):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=DTYPE)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def batches(vocabulary, sequences, length):
@@ -35,20 +36,28 @@ def batches(vocabulary, sequences, length):
         yield {"input_ids": ids, "labels": ids}
 
 
-def steps(teacher, width, batches, optimizer):
+def steps(teacher, width, batches, kind):
     few = [{"input_ids": next(batches)["input_ids"][:1, :16]}] * 2
-    calibration = red.calibrate(teacher, few, width)
+    calibration = red.calibrate(teacher, few)
     student = red.new_student("red", teacher, width, calibration)
-    config = red.Config(optimizer=optimizer)
-    loop = red.distill(teacher, student, batches, config, calibration.scales)
+    config = red.Config(optimizer="muon" if kind == "muon" else "adam")
+    loop = red.distill(teacher, student, batches, config, calibration.mean_squares)
+    if GPU:
+        red.fuse_norms(student.model)  # as red.py does
     while True:
         if GPU:
-            red.fuse_norms(teacher)  # as red.py does
-        yield next(loop)
+            red.fuse_norms(teacher)
+        if kind == "reference":
+            red.reference_step(teacher, student, next(batches), config, calibration.mean_squares)
+            for parameter in student.parameters():
+                parameter.grad = None
+            yield
+        else:
+            yield next(loop)
 
 
-def floors(teacher, width, batches):
-    ordinary = build(red.student_config(teacher.config, width))
+def floors(teacher, width, batches, dtype):
+    ordinary = build(red.student_config(teacher.config, width), dtype)
     for batch in batches:
         for module in teacher.modules():
             vars(module).pop("forward", None)  # norms as transformers has them
@@ -60,19 +69,23 @@ def floors(teacher, width, batches):
         yield
 
 
-def main(path, sequences, length, *names):
+def main(path, sequences, length, *words):
     values = transformers.AutoConfig.for_model(**json.loads(Path(path).read_text()))
-    width = values.hidden_size // 2
-    wanted = [int(name.removeprefix("width=")) for name in names if name.startswith("width=")]
-    width = wanted[0] if wanted else width
-    names = [name for name in names if not name.startswith("width=")]
-    teacher = build(values).eval().requires_grad_(False)
+    width, dtype, names = values.hidden_size // 2, None, []
+    for word in words:
+        if word.startswith("width="):
+            width = int(word.removeprefix("width="))
+        elif word in ("float32", "bfloat16"):
+            dtype = getattr(torch, word)
+        else:
+            names.append(word)
+    dtype = dtype or (torch.bfloat16 if GPU else torch.float32)
+    teacher = build(values, dtype).eval().requires_grad_(False)
     data = batches(values.vocab_size, int(sequences), int(length))
     work = {}
     for name in names:
-        optimizer = "muon" if name == "muon" else "adam"
-        work[name] = floors(teacher, width, data) if name == "floor" else None
-        work[name] = work[name] or steps(teacher, width, data, optimizer)
+        kind = floors(teacher, width, data, dtype) if name == "floor" else None
+        work[name] = kind or steps(teacher, width, data, name)
 
     times = {name: [] for name in names}
     for _, name in itertools.product(range(8), names):  # the first turn warms up

@@ -1,11 +1,11 @@
 """Draw what runs have measured; needs matplotlib.
 
     python .github/draw.py OUT             a run's held-out loss and effective rank: OUT/curves.png
-    python .github/draw.py --study RUNS    the study's pictures, beside this file
+    python .github/draw.py --study RUNS    pictures of README and study, beside this file
 
-RUNS holds the study's runs by the names of its commands: wRATIO-OPTIMIZER-SEED and, of other
-lengths, sSTEPS-OPTIMIZER-SEED are the tiny world's; long-OPTIMIZER-METHOD a real teacher's, with
-long1-... for seed 1; kept.json and watch-OPTIMIZER.jsonl are what .github/watch.py writes.
+RUNS holds the study's runs by the names of its commands: sSTEPS-OPTIMIZER-SEED are the tiny world's,
+long-OPTIMIZER-METHOD a real teacher's; kept.json and watch-OPTIMIZER.jsonl are what
+.github/watch.py writes. A picture whose runs are not there is left as it is.
 """
 
 import json
@@ -20,10 +20,9 @@ except ImportError:
     print("draw.py needs matplotlib: pip install matplotlib", file=sys.stderr)
     sys.exit(2)
 
-STYLES = {"teacher": ("k", "*", "-"), "red": ("C3", "o", "-"), "red-variance": ("C6", "X", "--")}
-STYLES |= {"pca": ("C0", "D", "-."), "random-selection": ("C5", "P", "--")}
-STYLES |= {"shared-orthogonal": ("C4", "s", "-."), "orthogonal": ("C2", "^", ":")}
-STYLES |= {"lrc": ("C1", "v", ":")}
+STYLES = {"teacher": ("k", "*", "-"), "red": ("C3", "o", "-"), "pca": ("C0", "D", "-.")}
+STYLES |= {"random-selection": ("C5", "P", "--"), "shared-orthogonal": ("C4", "s", "-.")}
+STYLES |= {"orthogonal": ("C2", "^", ":"), "lrc": ("C1", "v", ":")}
 OPTIMIZERS = {"adam": (":", "none"), "muon": ("-", "full")}  # dotted and hollow, solid and filled
 HERE, LOSS = Path(__file__).resolve().parent, "held-out loss, nats per token"
 
@@ -47,17 +46,8 @@ def save(figure, name, title, legend, columns=7):
     few.save(HERE / name, optimize=True)
 
 
-def loss_axis(axes):
-    axes.set(yscale="log")
-    axes.set_yticks([1.5, 2, 3, 5, 8, 13], [1.5, 2, 3, 5, 8, 13])
-    axes.minorticks_off()
-
-
 def curves_of(folder):
     """Method -> its records with measurements, also of a run that has not ended."""
-    if (folder / "summary.json").is_file():
-        rows = json.loads((folder / "summary.json").read_text())
-        return {method: row["curve"] for method, row in rows.items() if "curve" in row}
     curves = {}
     for path in sorted(folder.glob("*/metrics.jsonl")):
         records = map(json.loads, path.read_text().splitlines())
@@ -67,7 +57,7 @@ def curves_of(folder):
 
 def summaries(runs, name):
     """One summary for each seed."""
-    return [json.loads(path.read_text()) for path in sorted(runs.glob(f"{name}-?/summary.json"))]
+    return [json.loads(path.read_text()) for path in sorted(runs.glob(f"{name}-*/summary.json"))]
 
 
 def draw_curves(out):
@@ -83,43 +73,50 @@ def draw_curves(out):
     save(figure, out.resolve() / "curves.png", out.name, loss)
 
 
-def draw_compare(runs):
-    """For the README: the tiny world at half width, all starts, with Adam."""
-    figure, seeds = Figure(figsize=(13, 5.4), layout="constrained"), summaries(runs, "w0.5-adam")
-    pairs, chains = figure.subplots(1, 2)
-    for number, method in enumerate(STYLES):
-        for kind, shift, look in zip(("chosen", "written"), (0.2, -0.2), ("0.9", "0.6")):
-            place = shift - number
-            shares = [100 * seed[method]["pairs"][kind] for seed in seeds]
-            pairs.barh(place, mean(shares), height=0.38, color=look, edgecolor="k")
-            pairs.plot([min(shares), max(shares)], [place, place], "k|-", ms=9)
-        shares = zip(*[seed[method]["chains"]["written"] for seed in seeds])
-        columns = [[100 * share for share in column] for column in shares]
-        draw(chains, [length + 0.05 * (number - 3) for length in range(1, 6)], columns, method)
-    pairs.set(title="pairs (knowledge): light, chosen of four; dark, written", xlabel="right, %")
-    pairs.set_yticks([-number for number in range(len(STYLES))], STYLES)
-    chains.set(title="chains (reasoning), written", xlabel="operations in the chain", ylim=(0, 105))
-    title = "tiny world, students of width 48 of 96, Adam, 100 steps: mean and range of three seeds"
-    save(figure, "compare.png", title, chains, 8)
+def draw_story(runs):
+    """For the README: effective rank over steps, and chains by length, of `red` and `lrc`."""
+    figure, seeds = Figure(figsize=(9, 3.9), layout="constrained"), summaries(runs, "s80-adam")
+    rank, chains = figure.subplots(1, 2)
+    for method in ("red", "lrc"):
+        curves = [seed[method]["curve"] for seed in seeds]
+        steps = [record["step"] for record in curves[0]]
+        columns = [[mean(r["held_out"]["erank"]) for r in records] for records in zip(*curves)]
+        draw(rank, steps, columns, method)
+    teachers = [mean(seed["teacher"]["erank"]) for seed in seeds]
+    draw(rank, [steps[0], steps[-1]], [teachers, teachers], "teacher")
+    for method in ("red", "lrc", "teacher"):
+        columns = [[100 * share for share in column] for column in zip(*of_chains(seeds, method))]
+        draw(chains, range(1, 6), columns, method)
+    rank.set(title="effective rank of hidden states", xlabel="training step", ylim=(0, None))
+    chains.set(title="chains written right, %", xlabel="steps of reasoning", ylim=(0, 105))
+    chains.set_xticks(range(1, 6))
+    save(figure, "story.png", f"tiny world, half width: mean and range of {len(seeds)} seeds", rank)
 
 
-def draw_optimisers(runs):
-    """Loss over steps, the tiny world beside a real teacher."""
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    tiny, real = figure.subplots(1, 2)
-    for method in ("red", "pca", "lrc"):
-        for optimizer in OPTIMIZERS:
-            curves = [seed[method]["curve"] for seed in summaries(runs, f"w0.5-{optimizer}")]
-            folders = sorted(runs.glob(f"long*-{optimizer}-{method}"))
-            long = [curves_of(folder)[method] for folder in folders]
-            for axes, seeds in ((tiny, curves), (real, long)):
-                steps = [record["step"] for record in seeds[0]]
-                columns = [[point["held_out"]["loss"] for point in some] for some in zip(*seeds)]
-                draw(axes, steps, columns, method, optimizer)
-    tiny.set(title="tiny world, width 48 of 96, three seeds", ylabel=LOSS, yscale="log")
-    real.set(title="SmolLM2-135M, width 288 of 576, two seeds (lrc, adam: one)")
-    loss_axis(real)
-    save(figure, "optimisers.png", "held-out loss over steps: three starts, two optimisers", tiny)
+def of_chains(seeds, method):
+    return [seed[method]["chains"] for seed in seeds]
+
+
+def draw_starts(runs):
+    """Written answers in the tiny world against steps, for all starts and both optimisers."""
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    kinds = {"pairs written, %": lambda row: row["pairs"]["written"]}
+    kinds["chains of five written, %"] = lambda row: row["chains"][-1]
+    steps = (40, 80, 160)
+    for axes_row, (kind, score) in zip(figure.subplots(2, 2), kinds.items()):
+        for axes, optimizer in zip(axes_row, OPTIMIZERS):
+            found = [
+                [seed for seed in summaries(runs, f"s{n}-{optimizer}") if "pca" in seed]
+                for n in steps
+            ]
+            for method in STYLES:
+                shares = [[100 * score(seed[method]) for seed in seeds] for seeds in found]
+                draw(axes, steps, shares, method)
+            axes.set(title=optimizer, ylabel=kind, ylim=(0, 104), xlabel="steps", xscale="log")
+            axes.set_xticks(steps, steps)
+            axes.minorticks_off()
+    title = "tiny world, students of width 48 of 96: mean and range of three seeds"
+    save(figure, "starts.png", title, axes)
 
 
 def draw_spectrum(runs):
@@ -149,28 +146,6 @@ def draw_spectrum(runs):
     save(figure, "spectrum.png", "lrc on SmolLM2: seven projections, mean and range", rank)
 
 
-def draw_budget(runs):
-    """Written answers in the tiny world against width, and against steps."""
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    kinds = {"pairs written, %": lambda row: row["pairs"]["written"]}
-    kinds["chains of five written, %"] = lambda row: row["chains"]["written"][-1]
-    widths = {16: "w0.1667", 24: "w0.25", 48: "w0.5", 72: "w0.75"}
-    steps = {25: "s25", 50: "s50", 100: "w0.5", 200: "s200"}
-    columns = [("student's width, 100 steps", widths, optimizer) for optimizer in OPTIMIZERS]
-    columns += [("steps at width 48", steps, optimizer) for optimizer in OPTIMIZERS]
-    for row, (kind, score) in zip(figure.subplots(2, 4), kinds.items()):
-        for axes, (what, names, optimizer) in zip(row, columns):
-            found = [summaries(runs, f"{name}-{optimizer}") for name in names.values()]
-            for method in STYLES:
-                shares = [[100 * score(seed[method]) for seed in seeds] for seeds in found]
-                draw(axes, list(names), shares, method)
-            axes.set(title=optimizer, ylabel=kind, ylim=(0, 104), xlabel=what, xscale="log")
-            axes.set_xticks(list(names), list(names))
-            axes.minorticks_off()
-    title = "tiny world, teacher 96 wide: mean and range of three seeds"
-    save(figure, "budget.png", title, axes, 8)
-
-
 def draw_kept(runs):
     """What the starts keep of a real teacher's stream, norm by norm."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -186,38 +161,35 @@ def draw_kept(runs):
 
 
 def draw_real(runs):
-    """A real teacher: loss, results, effective rank and cosine over tokens."""
-    figure = Figure(figsize=(15, 7.6), layout="constrained")
+    """A real teacher: loss, results and effective rank over tokens."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
     panels = {LOSS: lambda point: point["loss"]}
-    for block in (1, 15, 30):
-        panels[f"eRank after block {block}"] = lambda point, i=block - 1: point["erank"][i]
     panels["results right, %"] = lambda point: 100 * point["results"]
-    for block in (1, 15, 30):
-        panels[f"cosine after block {block}"] = lambda point, i=block - 1: point["similarity"][i]
+    panels["effective rank, mean of the blocks"] = lambda point: mean(point["erank"])
     teacher = json.loads((runs / "long-muon-pca/summary.json").read_text())["teacher"]
-    grid = figure.subplots(2, 4)
-    for axes, (title, look) in zip(grid.flat, panels.items()):
+    grid = figure.subplots(1, 3)
+    for axes, (title, look) in zip(grid, panels.items()):
         for folder in sorted(runs.glob("long-*")):
             _, optimizer, method = folder.name.split("-", 2)
             curve = curves_of(folder)[method]
             columns = [[look(record["held_out"])] for record in curve]
-            draw(axes, [record["tokens"] / 1e6 for record in curve], columns, method, optimizer)
+            tokens = [record["tokens_seen"] / 1e6 for record in curve]
+            draw(axes, tokens, columns, method, optimizer)
         axes.axhline(look(teacher), color="k", ls=(0, (6, 3)), lw=1, label="the teacher")
         axes.set(title=title, xlabel="million tokens")
-    loss_axis(grid[0, 0])
     title = "SmolLM2-135M-Instruct at half width on GSM8K's text, one seed"
-    save(figure, "real.png", title, grid[0, 0], 8)
+    save(figure, "real.png", title, grid[0], 8)
 
+
+STUDY = {draw_story: "s80-adam-0", draw_starts: "s160-muon-2", draw_kept: "kept.json"}
+STUDY |= {draw_spectrum: "watch-muon.jsonl", draw_real: "long-muon-pca"}
 
 if __name__ == "__main__":
     place = Path(sys.argv[-1])
     if sys.argv[1:-1] == ["--study"]:
-        draw_compare(place)
-        draw_optimisers(place)
-        draw_spectrum(place)
-        draw_budget(place)
-        draw_kept(place)
-        draw_real(place)
+        for picture, needed in STUDY.items():
+            if (place / needed).exists():
+                picture(place)
     elif len(sys.argv) == 2 and curves_of(place):
         draw_curves(place)
     else:

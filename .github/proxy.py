@@ -2,7 +2,7 @@
 
     python .github/proxy.py FOLDER FILE.jsonl [adam|muon] [rate]
 
-FOLDER: a teacher, such as runs/tiny-0-...; FILE: text. Trains the proxy from five starts, as the
+FOLDER: a teacher, such as runs/tiny-0-...; FILE: text. Trains the proxy from four starts, as the
 paper's App. F.2 does, and prints its loss, the effective rank of the reconstruction, and the
 largest singular value of Q over the mean.
 """
@@ -16,14 +16,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import red
 
 
-def starts_of(states, importances, narrow, generator):
+def starts_of(states, importance, narrow, generator):
     """Where Q and O can start: name -> ((d, narrow), (narrow, d))."""
     wide = states.shape[1]
     down = 0.02 * torch.randn(wide, narrow, generator=generator)
     up = 0.02 * torch.randn(narrow, wide, generator=generator)
     bases = {"random orthogonal": torch.linalg.qr(torch.randn(wide, narrow, generator=generator)).Q}
-    for name, importance in importances.items():
-        bases[name] = red.selection_matrix(red.select_channels(importance, narrow), wide)
+    bases["red"] = red.selection_matrix(red.select_channels(importance, narrow), wide)
     bases["pca"] = torch.linalg.svd(states, full_matrices=False).Vh[:narrow].T
     return {"random": (down, up)} | {name: (basis, basis.T) for name, basis in bases.items()}
 
@@ -55,18 +54,16 @@ def main(folder, source, optimizer="adam", rate="1e-4"):
     """Hidden states two thirds up the teacher, each token at RMS 1; the paper's sizes and rate."""
     teacher, tokenizer = red.load_teacher(folder)
     task = red.Task(teacher, tokenizer)
-    batches = [next(red.packed(red.open_documents(source, "text"), task, 15, 278))]
+    batches = [next(red.packed(red.open_documents(source, "text"), task, 15, 278, []))]
     block = f"model.layers.{2 * len(teacher.model.layers) // 3}"
     _, seen = red.look_inside(teacher, batches[0]["input_ids"].to(teacher.device), [block])
     states = seen[block][0].flatten(0, 1)[:4169].float().cpu()
     states = states / states.square().mean(-1, keepdim=True).sqrt()
     narrow = round(states.shape[1] * 1200 / 3072)
-    calibration = red.calibrate(teacher, batches, narrow)
-    scores = {"red": calibration.importance}
-    scores["red-variance"] = calibration.bases["red-variance"].sum(1)
+    importance = red.calibrate(teacher, batches).importance.cpu()
     torch.manual_seed(0)
     print(f"{len(states)} rows, {states.shape[1]} -> {narrow}, {red.effective_rank(states):.1f}")
-    starts = starts_of(states, scores, narrow, torch.Generator().manual_seed(0))
+    starts = starts_of(states, importance, narrow, torch.Generator().manual_seed(0))
     for name, (down, up) in starts.items():
         results = list(train_proxy(states, down, up, 100, float(rate), optimizer))
         for epoch in (0, 10, 50, 100):

@@ -18,29 +18,31 @@ RATES = {"adam": 1e-3, "muon": 1e-2}  # the best of four for `lrc`
 STEPS = (0, 2, 5, 10, 20, 40, 80, 120, 160, 200, 240)
 
 
-def kept_shares(teacher, calibration):
+def kept_shares(calibration, width):
     """Start -> for each norm the share of its input that the start keeps, every token at RMS 1."""
-    norms = red.modules_of(teacher, red.NORMS)
-    bases = dict(calibration.bases)
-    for method in ("random-selection", "shared-orthogonal"):
+    shares = {}
+    for method in ("red", "pca", "random-selection", "shared-orthogonal"):
         generator = torch.Generator().manual_seed(0)
-        bases[method] = red.initial_projection(method, calibration, generator)
-    shares = {method: torch.zeros(len(norms)) for method in bases}
-    tokens = 0
-    for batch in calibration.batches:
-        tokens += batch["input_ids"].numel()
-        _, seen = red.look_inside(teacher, batch["input_ids"], norms)
-        for number, name in enumerate(norms):
-            unit = torch.nn.functional.normalize(seen[name][0].float().flatten(0, 1), dim=-1)
-            for method, basis in bases.items():
-                shares[method][number] += (unit @ basis.to(unit.device)).square().sum().cpu()
-    return {method: (share / tokens).tolist() for method, share in shares.items()}
+        basis = red.initial_projection(method, calibration, width, generator)
+        energies = [energy.cpu() for energy in calibration.energy.values()]
+        shares[method] = [(energy @ basis * basis).sum().item() for energy in energies]
+    return shares
 
 
-def watch_random_start(task, calibration, config):
+def mean_cosines(model, batches):
+    """For each block the mean cosine of two tokens of its output."""
+    names, parts = [f"model.layers.{i}" for i in range(len(model.model.layers))], {}
+    for batch in batches:
+        _, seen = red.look_inside(model, batch["input_ids"], names)
+        for name, (_, stream) in seen.items():
+            unit = torch.nn.functional.normalize(stream.flatten(0, 1).float(), dim=-1)
+            parts.setdefault(name, []).append(unit)
+    return [torch.cat(part).mean(0).square().sum().item() for part in parts.values()]
+
+
+def watch_random_start(task, calibration, config, width):
     """Yields at each of STEPS what the pictures need of `lrc`."""
-    hidden_size = calibration.bases["red"].shape[1]
-    student = red.new_student("lrc", task.teacher, hidden_size, calibration)
+    student = red.new_student("lrc", task.teacher, width, calibration)
     last = len(task.teacher.model.layers) - 1
     names = ["model.embed_tokens"]
     for block in (0, last // 2, last):
@@ -50,13 +52,14 @@ def watch_random_start(task, calibration, config):
         student.merge()
         values = {n: torch.linalg.svdvals(student.projections[n].detach()) for n in names}
         line = {"step": step} | red.evaluate(student.model, task.held_out)
+        line["similarity"] = mean_cosines(student.model, task.held_out[:8])
         line["values"] = {name: some[::8].tolist() for name, some in values.items()}
         line["spread"] = {name: (some.max() / some.mean()).item() for name, some in values.items()}
         return line
 
     yield look(0)
-    batches = red.training_batches(config, task)
-    for record in red.distill(task.teacher, student, batches, config, calibration.scales):
+    batches = red.training_batches(config, task, 0, None)
+    for record in red.distill(task.teacher, student, batches, config, calibration.mean_squares):
         if record["step"] in STEPS:
             yield look(record["step"])
 
@@ -64,15 +67,14 @@ def watch_random_start(task, calibration, config):
 def main(teacher, data, runs):
     runs = Path(runs)
     runs.mkdir(parents=True, exist_ok=True)
-    short = {"seq_len": 256, "batch_size": 2, "steps": 240}
-    config = red.Config(model=teacher, data=data, **short)
-    task = red.open_task(config, teacher)
-    width = red.student_width(config.ratio, task.teacher.config)
-    calibration = red.calibrate(task.teacher, task.samples, width)
-    (runs / "kept.json").write_text(json.dumps(kept_shares(task.teacher, calibration)))
+    config = red.Config(model=teacher, data=data, seq_len=256, batch_size=2, steps=240)
+    task = red.open_task(config)
+    width = red.choose_width(config.ratio, task.teacher.config)
+    calibration = red.calibrate(task.teacher, task.samples)
+    (runs / "kept.json").write_text(json.dumps(kept_shares(calibration, width)))
     for config.optimizer, config.learning_rate in RATES.items():
         with open(runs / f"watch-{config.optimizer}.jsonl", "w") as file:
-            for line in watch_random_start(task, calibration, config):
+            for line in watch_random_start(task, calibration, config, width):
                 print(json.dumps(line), file=file, flush=True)
 
 
