@@ -6,7 +6,7 @@ Activation-aware Initialization", ICML 2026, arXiv 2605.29327, as read in v1. Wh
     calibrate             a few sequences show which channels the frozen teacher uses (§5)
     new_student           every weight is the teacher's, seen through a projection (§3, App. C);
                           RED starts all projections as one selection of channels (§5)
-    distill               Adam trains the projections (App. F.1), and each training_step adds up
+    distill               Adam trains projections and gains (App. F.1); training_step adds up
       student_forward       how far the student's activations are from the teacher's (App. B),
       loss_and_gradients    and how far its predictions are: KL and cross-entropy (App. B)
     measure_model         held-out loss, effective rank, reasoning (§4, §6)
@@ -152,7 +152,7 @@ def select_channels(importance: Tensor, student_width: int) -> Tensor:
     """Indices of the best channels, ascending, (d_s,) int64 (§5). ValueError: no such width."""
     if not 0 < student_width <= len(importance):
         raise ValueError(f"cannot keep {student_width} of {len(importance)} channels")
-    order = torch.sort(importance, descending=True, stable=True).indices  # of equals the lower
+    order = torch.sort(importance, descending=True, stable=True).indices  # ties: lower index first
     return order[:student_width].sort().values
 
 
@@ -216,7 +216,7 @@ class ProjectedStudent:
 
     def __init__(self, teacher, model, projections, gains, fold_gains=False):
         self.teacher, self.model, self.fold_gains = teacher, model, fold_gains
-        # They learn in float32, where small steps add up, and are rounded for each product.
+        # Both are kept in float32, where small steps add up, and rounded to the teacher's dtype.
         precise = torch.promote_types(teacher.dtype, torch.float32)
         options = {"device": teacher.device, "dtype": precise, "copy": True}
         options["memory_format"] = torch.contiguous_format
@@ -225,7 +225,7 @@ class ProjectedStudent:
         self.merge()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.merged[name].requires_grad)
-            # So that gradients of many micro-batches do not add up in bfloat16.
+            # Gradients of many micro-batches then add up in float32, not in bfloat16.
             parameter.grad_dtype = precise
 
     def parameters(self) -> list[nn.Parameter]:
@@ -258,7 +258,7 @@ class ProjectedStudent:
         return {name: self.project(name) for name, _ in self.model.named_parameters()}
 
     def merge(self):
-        """Make the model's weights from the projections. They are leaves: see `carry_back`."""
+        """Compute the model's weights; autograd stops at them until `carry_back` goes on."""
         self.merged = self.weights()
         for name, parameter in self.model.named_parameters():
             parameter.data = self.merged[name].detach()
@@ -280,7 +280,7 @@ def choose_width(ratio: float, teacher_config) -> int:
 
 def student_config(teacher_config, student_width: int, untie: bool = False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    left = ("quantization_config", "auto_map")  # of a GGUF; of code that stays behind
+    left = ("quantization_config", "auto_map")  # not true of the student; code that stays behind
     values = {key: value for key, value in teacher_config.to_dict().items() if key not in left}
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
@@ -297,7 +297,7 @@ def narrow_model(teacher: nn.Module, config) -> nn.Module:
     model.to_empty(device=teacher.device).eval().tie_weights()
     # Rotary tables are in head space, the same in both, and in no checkpoint.
     model.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
-    # transformers would keep any gradient from the padding token's row.
+    # torch would give the padding token's row no gradient, but its projection needs one.
     model.model.embed_tokens.padding_idx = None
     return model
 
@@ -317,7 +317,7 @@ def initial_projection(method: str, calibration: Calibration, student_width: int
         return selection_matrix(shuffled[:student_width].sort().values, teacher_width)
     gaussian = torch.randn(teacher_width, student_width, generator=generator)
     if method == "lrc":
-        # N(0, 0.02) is for LRC's own width; at a smaller one it would lose the signal [differs].
+        # LRC's 0.02 suits teachers 3,072 wide; narrower ones need more to keep its size [differs].
         return 0.02 * (3072 / teacher_width) ** 0.5 * gaussian
     q, r = torch.linalg.qr(gaussian.double())
     return (q * r.diagonal().sign()).float()  # uniform over all orthonormal bases
@@ -326,14 +326,14 @@ def initial_projection(method: str, calibration: Calibration, student_width: int
 def initial_gains(teacher: nn.Module, basis: Tensor, calibration: Calibration, fold: bool) -> dict:
     """Where the gains start if all projections start as `basis`: norm -> (d_s,) [differs].
 
-    The student's norm divides by the RMS of only what the basis keeps. A gain makes up for that: it
-    is the root of the share of energy that is kept, times the teacher's gain (1, where folded)."""
+    The student's norm divides by the RMS of d_s kept numbers, and the teacher's by that of all d_t.
+    So the teacher's gain (1, where folded) is scaled by their ratio, sqrt(share * d_t / d_s)."""
     gains = {}
     for norm, energy in calibration.energy.items():  # (d_t, d_t)
         gain = teacher.get_submodule(norm).weight.detach().float().cpu() @ basis  # (d_s,)
         kept = (energy.cpu() @ basis * basis).sum()  # the trace of basis.T @ energy @ basis
-        share = (kept + 1e-12) / (energy.trace().cpu() + 1e-12)
-        gains[norm] = share.sqrt() * (torch.ones_like(gain) if fold else gain)
+        ratio = (kept + 1e-12) / (energy.trace().cpu() + 1e-12) * len(basis) / len(gain)
+        gains[norm] = ratio.sqrt() * (torch.ones_like(gain) if fold else gain)
     return gains
 
 
@@ -347,7 +347,7 @@ def new_student(method, teacher, student_width, calibration, seed=0) -> Projecte
     model = narrow_model(teacher, student_config(teacher.config, student_width, untie=fold))
     readers = READERS[:-1] if model.config.tie_word_embeddings else READERS
     names, generator = modules_of(model, readers + WRITERS), torch.Generator().manual_seed(seed)
-    if method in ("orthogonal", "lrc"):  # every matrix has a start of its own, and gains of 1
+    if method in ("orthogonal", "lrc"):  # a start for each matrix; gains of 1: LRC's, or folded
         start = (method, calibration, student_width, generator)
         projections = {name: initial_projection(*start) for name in names}
         gains = {norm: torch.ones(student_width) for norm in modules_of(model, NORMS)}
@@ -411,10 +411,10 @@ def reference_step(teacher, student, batch: dict, config, mean_squares: dict) ->
 
 # ==== The fast step, and the loop (App. F.1) ==================================================
 # Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes what
-# `reference_step` does, but (1) merges once for all micro-batches, which saves 4 of 20 s for each
-# but the first, (2) makes logits for a few tokens at a time: 2.5 GiB in place of 4.3, and (3) writes
-# the alignment's gradient in one operation, a tenth faster (SmolLM2, 2 x 512 tokens, one thread of
-# a CPU). Its backward pass has two stages, because merged weights are leaves:
+# `reference_step` does, but (1) merges once for all micro-batches (each further one: 16 s, not 20),
+# (2) makes logits for a few tokens at a time: 2.5 GiB, not 4.3, (3) writes the alignment's gradient
+# in one operation, a tenth faster (SmolLM2, 2 x 512 tokens, one thread of a CPU). Its backward pass
+# has two stages, because merged weights are leaves:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes take one process's step on all their batches.
@@ -443,8 +443,8 @@ def student_forward(student: ProjectedStudent, ids: Tensor, teacher_seen: dict, 
     """Run the student: its last hidden states, and its alignment with the teacher (App. B).
 
     teacher_seen: by `look_inside`, emptied as it is used, so that its memory can go. Alignment is a
-    sum over modules of mean squared errors, over tokens and features, each divided by the
-    teacher's mean square [differs; LRC divides by nothing: None]."""
+    sum over modules of mean squared errors, over tokens and features, each divided by the mean
+    square of the teacher's module, before P [differs; LRC divides by nothing: None]."""
     errors, factors = [], []
 
     def compare(name, module, inputs, after):
@@ -509,7 +509,7 @@ def training_step(teacher, student, batches: Iterator, config, mean_squares=None
         hidden, alignment = student_forward(student, ids, seen, mean_squares)
         inputs = (hidden, head, teacher_hidden, teacher_head, labels)
         losses, gradient = loss_and_gradients(*inputs, config.temperature)
-        # Two ends to go back from: `hidden`, whose gradient is known by now, and a scalar.
+        # Backward from hidden and from the alignment, as a sum over labels (divided at the end).
         ends = [hidden, config.alpha * count * alignment]
         torch.autograd.backward(ends, [gradient, None])
         sums += torch.cat([losses, count * alignment.detach()[None]])
@@ -620,11 +620,11 @@ def encode_answer(prompt: str, answer: str, tokenizer) -> dict:
     """A prompt and its answer in tokens: `ids`; `answer_at`, where the answer starts in them; and
     `results`, (start, end) of each result with the `>` after it, such as `24>` in `<<48/2=24>>`."""
     encoded = tokenizer(prompt + answer, return_offsets_mapping=True, verbose=False)
-    ids, places, results = encoded["input_ids"], encoded["offset_mapping"], []
-    starts = [i for i, (_, end) in enumerate(places) if end > len(prompt)]
+    ids, offsets, results = encoded["input_ids"], encoded["offset_mapping"], []
+    starts = [i for i, (_, end) in enumerate(offsets) if end > len(prompt)]
     for match in re.compile(r"=([^<>=]+>)>").finditer(prompt + answer, len(prompt)):
         start, end = match.span(1)
-        inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
+        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
         if inside:
             results.append((inside[0], inside[-1] + 1))
     return {"ids": ids, "answer_at": min(starts, default=len(ids)), "results": results}
@@ -663,13 +663,13 @@ def measure_model(model: nn.Module, task, finished: bool = False) -> dict:
 # A teacher in half a minute, with the paper's contrast in it: arithmetic modulo 10 that needs a
 # chain of operations (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 24 fixed pairs that need none
 # (knowledge), `abcd:wxyz`. Characters are tokens, and only answers are labels.
-TINY_DEFAULTS = dict(methods=["red", "lrc"], steps=80, batch_size=64, seq_len=48)
+TINY_DEFAULTS = dict(methods=["red", "lrc"], steps=90, batch_size=64, seq_len=48)
 TINY_DEFAULTS |= dict(measure_every=10, save_every=0)
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
 TINY_WORDS = ["".join(random.Random(i).choices(TINY_ALPHABET[18:44], k=4)) for i in range(48)]
 TINY_PAIRS = [(f"{a}:", f"{b}\n") for a, b in zip(TINY_WORDS[::2], TINY_WORDS[1::2])]
-TINY_LENGTHS = (1, 2, 3, 3, 4, 4, 5, 5)  # long ones seldom fit into what is left of a row
+TINY_LENGTHS = (1, 2, 3, 3, 4, 4, 5, 5)  # long ones are cut off by the end of a row more often
 
 
 def random_chain(length: int, generator: random.Random) -> tuple[str, str]:
@@ -686,7 +686,7 @@ def random_chain(length: int, generator: random.Random) -> tuple[str, str]:
 
 
 def tiny_batches(batch_size: int, seq_len: int, seed) -> Iterator[dict]:
-    """Endless batches of tiny-world lines, a quarter of them pairs; only answers are labels."""
+    """Endless batches of tiny-world lines, a third of them pairs; only answers are labels."""
     generator = random.Random(seed)
     while True:
         sequences = []
@@ -694,7 +694,7 @@ def tiny_batches(batch_size: int, seq_len: int, seed) -> Iterator[dict]:
             ids, labels = [], []
             while len(ids) < seq_len:
                 line = random_chain(generator.choice(TINY_LENGTHS), generator)
-                prompt, answer = generator.choice([line, line, line, generator.choice(TINY_PAIRS)])
+                prompt, answer = generator.choice([line, line, generator.choice(TINY_PAIRS)])
                 ids += [TINY_ALPHABET.index(character) for character in prompt + answer]
                 labels += [-100] * len(prompt) + ids[-len(answer) :]
             sequences.append((ids[:seq_len], labels[:seq_len]))
@@ -758,7 +758,7 @@ def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
         options["max_new_tokens"] = max(map(len, truths))
         output = model.generate(ids, do_sample=False, **options)[:, ids.shape[1] :]
         answers = tokenizer.batch_decode(output, skip_special_tokens=True)
-        # Right is what is right as a whole, and not in its last digit alone.
+        # Only a whole correct line counts, not its last digit alone.
         written.append(fmean(a.strip() == truth.strip() for a, truth in zip(answers, truths)))
     lines = []  # each pair's prompt with its own answer, then with three of other pairs
     for prompt, truth in TINY_PAIRS:
@@ -774,7 +774,7 @@ def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
 
 
 # ==== Faster [new] ============================================================================
-# Nothing here is in the paper, and its reader can skip it: many processes, fused norms, and Muon.
+# Many processes, fused norms and Muon: a reader of the paper needs only Adam, in make_optimizers.
 # To copy it: torch, F, nn, Tensor, Iterable, os, types and the section of the student.
 
 
@@ -892,8 +892,7 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
     same (App. C). UserError: it does not, or cannot be written."""
     model, weights = student.model, student.model.state_dict()
     model.generation_config = task.teacher.generation_config
-    # A Qwen2 without windows is saved as the Llama with biases that computes the same: others know
-    # only a Llama's head_dim [differs].
+    # Others compute a Qwen2's head size from its width: save it as a Llama with biases [differs].
     windows = "sliding_attention" in getattr(model.config, "layer_types", [])
     as_llama = model.config.model_type == "qwen2" and not windows
     with as_user_error(f"cannot write {folder} ({{}}); the same command goes on."):
@@ -928,7 +927,7 @@ def adapt_to_others(folder: Path, as_llama: bool):
     write(folder / "tokenizer_config.json", values)
     os.umask(umask := os.umask(0))
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~umask)  # safetensors leaves them to their owner
+        path.chmod(0o666 & ~umask)  # safetensors makes them readable by their owner only
 
 
 def files_of(source: str | None) -> list[Path]:
@@ -1019,7 +1018,7 @@ def open_documents(source: str, flag: str):
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(50)  # its errors become our one sentence
-    paths = tuple(map(str, files_of(source)))  # `datasets` would read a list one by one
+    paths = tuple(map(str, files_of(source)))  # a list would be taken for shards, read one by one
     for path in paths:
         require(path.endswith(SUFFIXES), f"cannot read {path}; {flag} takes {SUFFIXES} files.")
     announce("reading", f"{len(paths):,} files of {source}" if paths else f"{source} of the hub")
@@ -1131,12 +1130,12 @@ def open_task(config: Config) -> Task:
     name, length = config.model or tiny_teacher_folder(config), config.seq_len
     announce("loading", name)
     task = Task(*load_teacher(name, choose_dtype(config)))
-    places = task.teacher.config.max_position_embeddings
-    require(length <= places, f"--seq-len is beyond the {places:,} positions of {name}.")
+    positions = task.teacher.config.max_position_embeddings
+    require(length <= positions, f"--seq-len is beyond the {positions:,} positions of {name}.")
     width = choose_width(config.ratio, task.teacher.config)
     with as_user_error(f"{name}, or a student {width} wide, cannot run ({{}})."):
         ids = torch.arange(8)[None] % task.teacher.config.vocab_size
-        calibration = calibrate(task.teacher, [{"input_ids": ids}])
+        calibration = calibrate(task.teacher, [{"input_ids": ids}])  # a trial
         last_hidden(new_student("red", task.teacher, width, calibration).model, ids)
     if config.model is None:
         samples = tiny_batches(1, length, f"calibration {config.seed}")
@@ -1156,8 +1155,8 @@ def open_task(config: Config) -> Task:
 
 # ==== A run, its folders and the command line =================================================
 # OUT holds the students of one teacher under one set of settings, which differ only in how their
-# projections start. Only the first process writes there, each file whole or not at all. Every fault
-# is one sentence on stderr. Exit code 2: the user can mend it; 1: it broke off; 130: interrupted.
+# projections start. Only the first process writes files; JSON and checkpoints whole or not at all.
+# Every fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stop.
 NOT_IDENTITY = ("out", "save_every", "measure_every", "methods")
 SIGNALS = {"wait": False, "came": False}  # wait: until the end of a training step
 
@@ -1298,7 +1297,7 @@ def train_student(method: str, config: Config, student, task: Task, mean_squares
     if not records:
         measures = measure_model(student.model, task, finished=config.steps == 0)
         records = [{"step": 0, "tokens_seen": 0, "held_out": measures}]
-    # The file goes back to the checkpoint, too: what came after it will come again.
+    # Cut the file back to the checkpoint: the steps after it will be taken again.
     write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     done = records[-1]["step"]
     failures = done - max(record["step"] for record in records if not record.get("skipped"))
@@ -1360,7 +1359,7 @@ def run(config: Config):
 
 def table(rows: dict) -> str:
     """Label -> summary, as text: general ability, reasoning, the rest; and eRank over the steps."""
-    lines, wide = [], max(map(len, ["eRank at step", *rows]))
+    lines, wide = [], max(map(len, ["eRank, step", *rows]))
     for label, row in rows.items():
         shares = {}
         if "pairs" in row:
@@ -1378,12 +1377,13 @@ def table(rows: dict) -> str:
     curves = {label: row["curve"] for label, row in rows.items() if "curve" in row}
     for label, curve in curves.items():
         few = curve[:: math.ceil(len(curve) / 11)]  # eleven points at the most
-        steps = "eRank at step".ljust(wide) + "".join(f"{record['step']:>7,}" for record in few)
+        steps = "eRank, step".ljust(wide) + "".join(f"{record['step']:>7,}" for record in few)
         lines += ["", steps] if steps not in lines else []
         ranks = [fmean(record["held_out"]["erank"]) for record in few]
         lines.append(label.ljust(wide) + "".join(f"{rank:7.1f}" for rank in ranks))
     written = list(zip(*[row.get("examples", []) for row in rows.values()]))
-    example = max(written, key=lambda texts: len(set(texts)), default=[])  # where students differ
+    # The one where whole lines and last digits differ most.
+    example = max(written, key=lambda t: len({*t, *(text[-1:] for text in t)}), default=[])
     lines += ["", *(f"{label:<{wide}}  {text}" for label, text in zip(rows, example))]
     return "\n".join(lines)
 
@@ -1443,7 +1443,7 @@ def check(config: Config, changed: dict):
 
 
 def on_signal(number, frame):
-    """A first signal waits for the end of a training step; any other ends the run at once."""
+    """A first signal waits for the end of a step, measured and saved; any other ends at once."""
     if SIGNALS["came"] or not SIGNALS["wait"]:
         raise KeyboardInterrupt
     SIGNALS["came"] = True

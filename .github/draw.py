@@ -1,9 +1,9 @@
 """Draw what runs have measured; needs matplotlib.
 
     python .github/draw.py OUT             a run's held-out loss and effective rank: OUT/curves.png
-    python .github/draw.py --study RUNS    pictures of README and study, beside this file
+    python .github/draw.py --study RUNS    pictures of README and study, beside this
 
-RUNS holds the study's runs by the names of its commands: sSTEPS-OPTIMIZER-SEED are the tiny world's,
+RUNS holds the study's runs, named as in its commands: sSTEPS-OPTIMIZER-SEED are the tiny world's,
 long-OPTIMIZER-METHOD a real teacher's; kept.json and watch-OPTIMIZER.jsonl are what
 .github/watch.py writes. A picture whose runs are not there is left as it is.
 """
