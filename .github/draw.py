@@ -85,38 +85,37 @@ def draw_story(runs):
     teachers = [mean(seed["teacher"]["erank"]) for seed in seeds]
     draw(rank, [steps[0], steps[-1]], [teachers, teachers], "teacher")
     for method in ("red", "lrc", "teacher"):
-        columns = [[100 * share for share in column] for column in zip(*of_chains(seeds, method))]
-        draw(chains, range(1, 6), columns, method)
+        draw(chains, range(1, 6), chains_by_length(seeds, method), method)
     rank.set(title="effective rank of hidden states", xlabel="training step", ylim=(0, None))
-    chains.set(title="chains written right, %", xlabel="steps of reasoning", ylim=(0, 105))
+    chains.set(title="chains written right, %", xlabel="operations in the chain", ylim=(0, 105))
     chains.set_xticks(range(1, 6))
     save(figure, "story.png", f"tiny world, half width: mean and range of {len(seeds)} seeds", rank)
 
 
-def of_chains(seeds, method):
-    return [seed[method]["chains"] for seed in seeds]
+def chains_by_length(seeds, method):
+    """For each length the seeds' shares of chains written right, in %."""
+    columns = zip(*[seed[method]["chains"] for seed in seeds])
+    return [[100 * share for share in column] for column in columns]
 
 
 def draw_starts(runs):
-    """Written answers in the tiny world against steps, for all starts and both optimisers."""
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    kinds = {"pairs written, %": lambda row: row["pairs"]["written"]}
-    kinds["chains of five written, %"] = lambda row: row["chains"][-1]
-    steps = (40, 80, 160)
-    for axes_row, (kind, score) in zip(figure.subplots(2, 2), kinds.items()):
-        for axes, optimizer in zip(axes_row, OPTIMIZERS):
-            found = [
-                [seed for seed in summaries(runs, f"s{n}-{optimizer}") if "pca" in seed]
-                for n in steps
-            ]
-            for method in STYLES:
-                shares = [[100 * score(seed[method]) for seed in seeds] for seeds in found]
-                draw(axes, steps, shares, method)
-            axes.set(title=optimizer, ylabel=kind, ylim=(0, 104), xlabel="steps", xscale="log")
-            axes.set_xticks(steps, steps)
-            axes.minorticks_off()
-    title = "tiny world, students of width 48 of 96: mean and range of three seeds"
-    save(figure, "starts.png", title, axes)
+    """For the study: the tiny world at half width, all starts, with Adam."""
+    figure, seeds = Figure(figsize=(13, 5.4), layout="constrained"), summaries(runs, "s80-adam")
+    seeds = [seed for seed in seeds if "pca" in seed]
+    pairs, chains = figure.subplots(1, 2)
+    for number, method in enumerate(STYLES):
+        for kind, shift, look in zip(("chosen", "written"), (0.2, -0.2), ("0.9", "0.6")):
+            place = shift - number
+            shares = [100 * seed[method]["pairs"][kind] for seed in seeds]
+            pairs.barh(place, mean(shares), height=0.38, color=look, edgecolor="k")
+            pairs.plot([min(shares), max(shares)], [place, place], "k|-", ms=9)
+        lengths = [length + 0.05 * (number - 3) for length in range(1, 6)]
+        draw(chains, lengths, chains_by_length(seeds, method), method)
+    pairs.set(title="pairs (knowledge): light, chosen of four; dark, written", xlabel="right, %")
+    pairs.set_yticks([-number for number in range(len(STYLES))], STYLES)
+    chains.set(title="chains (reasoning), written", xlabel="operations in the chain", ylim=(0, 105))
+    title = "tiny world, students of width 48 of 96, Adam, 80 steps: mean and range of three seeds"
+    save(figure, "starts.png", title, chains)
 
 
 def draw_spectrum(runs):
@@ -181,7 +180,7 @@ def draw_real(runs):
     save(figure, "real.png", title, grid[0], 8)
 
 
-STUDY = {draw_story: "s80-adam-0", draw_starts: "s160-muon-2", draw_kept: "kept.json"}
+STUDY = {draw_story: "s80-adam-0", draw_starts: "s80-adam-2", draw_kept: "kept.json"}
 STUDY |= {draw_spectrum: "watch-muon.jsonl", draw_real: "long-muon-pca"}
 
 if __name__ == "__main__":
