@@ -663,7 +663,7 @@ def measure_model(model: nn.Module, task, finished: bool = False) -> dict:
 # A teacher in half a minute, with the paper's contrast in it: arithmetic modulo 10 that needs a
 # chain of operations (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 24 fixed pairs that need none
 # (knowledge), `abcd:wxyz`. Characters are tokens, and only answers are labels.
-TINY_DEFAULTS = dict(methods=["red", "lrc"], steps=80, batch_size=64, seq_len=48)
+TINY_DEFAULTS = dict(methods=["red", "lrc"], steps=70, batch_size=64, seq_len=48)
 TINY_DEFAULTS |= dict(measure_every=10, save_every=0)
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"

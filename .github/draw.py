@@ -75,7 +75,7 @@ def draw_curves(out):
 
 def draw_story(runs):
     """For the README: effective rank over steps, and chains by length, of `red` and `lrc`."""
-    figure, seeds = Figure(figsize=(9, 3.9), layout="constrained"), summaries(runs, "s80-adam")
+    figure, seeds = Figure(figsize=(9, 3.9), layout="constrained"), summaries(runs, "s70-adam")
     rank, chains = figure.subplots(1, 2)
     for method in ("red", "lrc"):
         curves = [seed[method]["curve"] for seed in seeds]
@@ -100,7 +100,7 @@ def chains_by_length(seeds, method):
 
 def draw_starts(runs):
     """For the study: the tiny world at half width, all starts, with Adam."""
-    figure, seeds = Figure(figsize=(13, 5.4), layout="constrained"), summaries(runs, "s80-adam")
+    figure, seeds = Figure(figsize=(13, 5.4), layout="constrained"), summaries(runs, "s70-adam")
     seeds = [seed for seed in seeds if "pca" in seed]
     pairs, chains = figure.subplots(1, 2)
     for number, method in enumerate(STYLES):
@@ -114,7 +114,7 @@ def draw_starts(runs):
     pairs.set(title="pairs (knowledge): light, chosen of four; dark, written", xlabel="right, %")
     pairs.set_yticks([-number for number in range(len(STYLES))], STYLES)
     chains.set(title="chains (reasoning), written", xlabel="operations in the chain", ylim=(0, 105))
-    title = "tiny world, students of width 48 of 96, Adam, 80 steps: mean and range of three seeds"
+    title = "tiny world, students of width 48 of 96, Adam, 70 steps: mean and range of three seeds"
     save(figure, "starts.png", title, chains)
 
 
@@ -180,7 +180,7 @@ def draw_real(runs):
     save(figure, "real.png", title, grid[0], 8)
 
 
-STUDY = {draw_story: "s80-adam-0", draw_starts: "s80-adam-2", draw_kept: "kept.json"}
+STUDY = {draw_story: "s70-adam-0", draw_starts: "s70-adam-2", draw_kept: "kept.json"}
 STUDY |= {draw_spectrum: "watch-muon.jsonl", draw_real: "long-muon-pca"}
 
 if __name__ == "__main__":
