@@ -1451,10 +1451,8 @@ def on_signal(number, frame):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line (a list of words; None: sys.argv) and return its exit code."""
-    transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity_error()  # it would report each retry
     SIGNALS.update(wait=False, came=False)
     before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     again, alone = "the same command resumes.", False
@@ -1494,6 +1492,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()  # it would report each retry
     sys.stdout = sys.stdout or open(os.devnull, "w")  # some schedulers close them
     sys.stderr = sys.stderr or sys.stdout
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for any terminal or pipe
