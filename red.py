@@ -53,10 +53,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 # Every choice of a run is one field of one dataclass, with its help text.
 METHODS = {  # by where the projections start
     "red": "the most active channels, the same for all matrices: the paper's method",
-    "random-selection": "random channels, the same for all matrices [new]",
-    "pca": "the principal directions of the teacher's stream, for all [new, after SliceGPT]",
-    "shared-orthogonal": "one random orthonormal basis for all matrices [new]",
-    "orthogonal": "a random orthonormal basis for each matrix: the paper's ablation",
+    "random-selection": "random channels for all matrices [new]",
+    "pca": "the principal directions of the stream, for all [new, after SliceGPT]",
+    "shared-orthogonal": "one random basis for all matrices [new]",
+    "orthogonal": "a random basis for each matrix: the paper's ablation",
     "lrc": "random numbers for each matrix: Low-Rank Clone, the paper's baseline",
 }
 LEARNING_RATES = {"adam": 3e-4, "muon": 1e-3}  # of a real teacher's students
@@ -75,7 +75,7 @@ def setting(default, help: str, **options):
 class Config:
     """All settings of a run."""
 
-    model: str | None = setting(None, "teacher: a folder or hub name; without it, the tiny world")
+    model: str | None = setting(None, "teacher: folder or hub name; unset: the tiny world")
     ratio: float = setting(0.5, "width of a student as a share of the teacher's")
     methods: list[str] = setting(["red"], "of the methods below", choices=METHODS, metavar="METHOD")
     data: str | None = setting(None, "text to train on; unset: FineWeb-Edu, or the tiny world's")
@@ -91,10 +91,9 @@ class Config:
     dtype: str = setting("auto", "of the teacher", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random")
     eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if nothing is local")
-    eval_problems: int = setting(200, "how many of --eval-data's problems to measure")
-    measure_every: int = setting(250, "steps between measurements; 0: only the start and the end")
-    out: str | None = setting(None, "results folder; unset: one in runs/, named by the settings")
-    save_every: int = setting(250, "steps between checkpoints; 0: at the end only")
+    eval_problems: int = setting(200, "how many problems to measure")
+    out: str | None = setting(None, "results folder; unset: in runs/, named by settings")
+    save_every: int = setting(250, "steps between measured checkpoints; 0: at the end")
 
 
 # ==== Calibration and selection (§5) ==========================================================
@@ -171,28 +170,31 @@ class Calibration:
 
 
 def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
-    """What the teacher shows on a few batches, read once (§5). FloatingPointError: not finite."""
+    """What the teacher shows on a few batches of one size (§5). FloatingPointError: not finite."""
     norms, aligned = modules_of(teacher, NORMS), modules_of(teacher, ALIGNED)
     # What these norms take in is the stream after the embedding and after each block [reading].
     layers = modules_of(teacher, ("input_layernorm", "model.norm"))
-    means, tokens = {name: [] for name in layers}, 0
+    means, count = {name: [] for name in layers}, 0
     energy, squares = dict.fromkeys(norms, 0.0), dict.fromkeys(aligned, 0.0)
     for batch in batches:
+        count += 1
         _, seen = look_inside(teacher, batch["input_ids"], norms + aligned)
-        tokens += batch["input_ids"].numel()
         for name in layers:  # the paper's statistic, Eq. 9
-            means[name].append(seen[name][0].float().abs().mean(1))  # (batch, d_t)
+            stream, _ = seen[name]  # (batch, tokens, d_t)
+            means[name].append(stream.float().abs().mean(1))
         for name in norms:  # ours, for `pca` and for the gains at the start
-            unit = F.normalize(seen[name][0].float().flatten(0, 1), dim=-1)  # (tokens, d_t)
-            energy[name] = energy[name] + unit.T @ unit
+            stream, _ = seen[name]
+            unit = F.normalize(stream.float().flatten(0, 1), dim=-1)  # (tokens, d_t)
+            energy[name] = energy[name] + unit.T @ unit / len(unit)
         for name in aligned:  # ours, to weigh the alignment by
-            squares[name] += seen[name][1].float().square().mean(-1).double().sum()
+            _, output = seen[name]
+            squares[name] += output.float().square().mean().item()
 
     importance = channel_importance(torch.stack([torch.cat(parts) for parts in means.values()]))
     if not torch.isfinite(importance).all():
         raise FloatingPointError("the teacher's activations are not finite")
-    energy = {name: total / tokens for name, total in energy.items()}
-    mean_squares = {name: max(total.item() / tokens, 1e-12) for name, total in squares.items()}
+    energy = {name: total / count for name, total in energy.items()}
+    mean_squares = {name: max(total / count, 1e-12) for name, total in squares.items()}
     return Calibration(importance, energy, mean_squares)
 
 
@@ -302,19 +304,21 @@ def narrow_model(teacher: nn.Module, config) -> nn.Module:
     return model
 
 
-def initial_projection(method: str, calibration: Calibration, student_width: int, generator):
+def initial_projection(
+    method: str, calibration: Calibration, student_width: int, generator: torch.Generator
+) -> Tensor:
     """Where a projection starts, by any of METHODS: (d_t, d_s) float32 (§5, §6)."""
     teacher_width = len(calibration.importance)
     if method == "red":
         channels = select_channels(calibration.importance, student_width)
         return selection_matrix(channels, teacher_width)
+    if method == "random-selection":
+        shuffled = torch.randperm(teacher_width, generator=generator)
+        return selection_matrix(shuffled[:student_width].sort().values, teacher_width)
     if method == "pca":  # the directions in which most of the stream lies, at all norms alike
         energy = sum(calibration.energy.values()).double()  # (d_t, d_t)
         leading_first = torch.linalg.eigh(energy).eigenvectors.flip(1)
         return leading_first[:, :student_width].float().cpu()
-    if method == "random-selection":
-        shuffled = torch.randperm(teacher_width, generator=generator)
-        return selection_matrix(shuffled[:student_width].sort().values, teacher_width)
     gaussian = torch.randn(teacher_width, student_width, generator=generator)
     if method == "lrc":
         # LRC's 0.02 suits teachers 3,072 wide; narrower ones need more to keep its size [differs].
@@ -328,16 +332,22 @@ def initial_gains(teacher: nn.Module, basis: Tensor, calibration: Calibration, f
 
     The student's norm divides by the RMS of d_s kept numbers, and the teacher's by that of all d_t.
     So the teacher's gain (1, where folded) is scaled by their ratio, sqrt(share * d_t / d_s)."""
+    teacher_width, student_width = basis.shape
     gains = {}
     for norm, energy in calibration.energy.items():  # (d_t, d_t)
         gain = teacher.get_submodule(norm).weight.detach().float().cpu() @ basis  # (d_s,)
-        kept = (energy.cpu() @ basis * basis).sum()  # the trace of basis.T @ energy @ basis
-        ratio = (kept + 1e-12) / (energy.trace().cpu() + 1e-12) * len(basis) / len(gain)
-        gains[norm] = ratio.sqrt() * (torch.ones_like(gain) if fold else gain)
+        if fold:
+            gain = torch.ones(student_width)
+        energy = energy.cpu()
+        kept = (energy @ basis * basis).sum()  # the trace of basis.T @ energy @ basis
+        share = (kept + 1e-12) / (energy.trace() + 1e-12)
+        gains[norm] = gain * (share * teacher_width / student_width).sqrt()
     return gains
 
 
-def new_student(method, teacher, student_width, calibration, seed=0) -> ProjectedStudent:
+def new_student(
+    method: str, teacher: nn.Module, student_width: int, calibration: Calibration, seed: int = 0
+) -> ProjectedStudent:
     """A student at the start of its training, by any of METHODS (§3, §5).
 
     A rotation cannot carry the teacher's gains along: they are folded into the readers. The head
@@ -346,7 +356,8 @@ def new_student(method, teacher, student_width, calibration, seed=0) -> Projecte
     fold = method in ("pca", "orthogonal", "shared-orthogonal")
     model = narrow_model(teacher, student_config(teacher.config, student_width, untie=fold))
     readers = READERS[:-1] if model.config.tie_word_embeddings else READERS
-    names, generator = modules_of(model, readers + WRITERS), torch.Generator().manual_seed(seed)
+    names = modules_of(model, readers + WRITERS)
+    generator = torch.Generator().manual_seed(seed)
     if method in ("orthogonal", "lrc"):  # a start for each matrix; gains of 1: LRC's, or folded
         start = (method, calibration, student_width, generator)
         projections = {name: initial_projection(*start) for name in names}
@@ -364,7 +375,9 @@ def new_student(method, teacher, student_width, calibration, seed=0) -> Projecte
 # step as the formulas read. To copy it: torch, F, Tensor and the sections above.
 
 
-def kl_and_cross_entropy(student_logits, teacher_logits, targets, temperature):
+def kl_and_cross_entropy(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """KL(teacher || student) and next-token cross-entropy: sums over tokens, in nats (App. B).
 
     logits: (tokens, vocabulary); targets: (tokens,). KL is of distributions softened by the
@@ -381,7 +394,9 @@ def kl_and_cross_entropy(student_logits, teacher_logits, targets, temperature):
     return temperature**2 * kl, cross_entropy
 
 
-def reference_step(teacher, student, batch: dict, config, mean_squares: dict) -> Tensor:
+def reference_step(
+    teacher: nn.Module, student: ProjectedStudent, batch: dict, config: "Config", mean_squares: dict
+) -> Tensor:
     """The loss of one batch, a scalar, and its gradients, as the formulas read (§3, App. B).
 
     The gradients are left in the student's projections and gains. mean_squares: as in Calibration;
@@ -411,60 +426,47 @@ def reference_step(teacher, student, batch: dict, config, mean_squares: dict) ->
 
 # ==== The fast step, and the loop (App. F.1) ==================================================
 # Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes what
-# `reference_step` does, but (1) merges once for all micro-batches (each further one: 16 s, not 20),
-# (2) makes logits for a few tokens at a time: 2.5 GiB, not 4.3, (3) writes the alignment's gradient
-# in one operation, a tenth faster (SmolLM2, 2 x 512 tokens, one thread of a CPU). Its backward pass
-# has two stages, because merged weights are leaves:
+# `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not 20),
+# and makes logits for a few tokens at a time (2.5 GiB, not 4.3; SmolLM2, 2 x 512 tokens, one thread
+# of a CPU). Its backward pass has two stages, because merged weights are leaves:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes take one process's step on all their batches.
-# To copy it: torch, nn, Tensor, Iterator, math, time, LEARNING_RATES, the sections above, Faster.
+# To copy it: torch, F, nn, Tensor, Iterator, math, LEARNING_RATES, the sections above, Faster.
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 
 
-class SquaredNorm(torch.autograd.Function):
-    """|error|^2, a float32 scalar, with its gradient, 2 error, in one operation."""
-
-    @staticmethod
-    def forward(ctx, error):
-        ctx.save_for_backward(error)
-        precise = torch.promote_types(error.dtype, torch.float32)
-        # By tokens: on a CPU the norm of many millions of numbers at once comes out too low.
-        norms = torch.linalg.vector_norm(error, dim=-1, dtype=precise).flatten()
-        return norms.dot(norms)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (error,) = ctx.saved_tensors
-        return error * (2 * gradient)
-
-
-def student_forward(student: ProjectedStudent, ids: Tensor, teacher_seen: dict, mean_squares=None):
+def student_forward(
+    student: ProjectedStudent, ids: Tensor, teacher_seen: dict, mean_squares: dict | None = None
+) -> tuple[Tensor, Tensor]:
     """Run the student: its last hidden states, and its alignment with the teacher (App. B).
 
-    teacher_seen: by `look_inside`, emptied as it is used, so that its memory can go. Alignment is a
-    sum over modules of mean squared errors, over tokens and features, each divided by the mean
-    square of the teacher's module, before P [differs; LRC divides by nothing: None]."""
+    teacher_seen: by `look_inside`, emptied as it is used. Alignment is a sum over modules of mean
+    squared errors, each divided by the mean square of what the teacher's module puts out, before P
+    [differs; LRC divides by nothing: None]."""
     errors, factors = [], []
 
-    def compare(name, module, inputs, after):
-        wanted = teacher_seen.pop(name)[1]  # (batch, tokens, n), or d_t where it is projected
-        if name.endswith(WRITERS):
-            # after - wanted @ P, in one operation. P learns here, too.
-            projection = student.projections[name].to(wanted.dtype)
-            error = torch.addmm(after.flatten(0, 1), wanted.flatten(0, 1), projection, alpha=-1)
-        else:
-            error = after - wanted
-        errors.append(SquaredNorm.apply(error))
-        factors.append(1 / (after.numel() * (mean_squares[name] if mean_squares else 1.0)))
+    def compare(name, module, inputs, output):
+        target = teacher_seen.pop(name)[1]  # (batch, tokens, n), or d_t where it is projected
+        if name.endswith(WRITERS):  # P learns here, too
+            target = target @ student.projections[name].to(target.dtype)
+        errors.append(F.mse_loss(output, target))
+        factors.append(1 / mean_squares[name] if mean_squares else 1.0)
 
     with watch(student.model, modules_of(student.model, ALIGNED), compare):
         hidden = last_hidden(student.model, ids)  # (batch, tokens, d_s)
-    errors = torch.stack(errors)  # (modules,)
+    errors = torch.stack(errors).float()  # (modules,)
     return hidden, errors @ errors.new_tensor(factors)
 
 
-def loss_and_gradients(hidden, head, teacher_hidden, teacher_head, labels, temperature):
+def loss_and_gradients(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
     """KL and cross-entropy of a micro-batch, (2,), and the gradient of their sum in `hidden`.
 
     hidden (batch, tokens, d_s) and head (vocabulary, d_s) make logits; labels: (batch, tokens). The
@@ -490,12 +492,17 @@ def loss_and_gradients(hidden, head, teacher_hidden, teacher_head, labels, tempe
     return losses, gradient
 
 
-def training_step(teacher, student, batches: Iterator, config, mean_squares=None) -> dict:
+def training_step(
+    teacher: nn.Module,
+    student: ProjectedStudent,
+    batches: Iterator[dict],
+    config: "Config",
+    mean_squares: dict | None = None,
+) -> dict:
     """The gradients of one optimiser step, left in the student's projections and gains.
 
-    batches: config.grad_accum are taken, each when needed; ValueError: they have ended. The loss is
-    KL + cross-entropy + alpha * alignment (App. B), a mean over labels [differs]. Returns it,
-    its terms, and "tokens"."""
+    Takes config.grad_accum batches; ValueError: they have ended. Returns "tokens", the loss, KL +
+    cross-entropy + alpha * alignment (App. B), a mean over labels [differs], and its terms."""
     student.merge()
     head, teacher_head = student.model.lm_head.weight, teacher.lm_head.weight
     sums, label_count, tokens = torch.zeros(3, device=head.device), 0, 0
@@ -527,7 +534,7 @@ def training_step(teacher, student, batches: Iterator, config, mean_squares=None
     return {"loss": kl + cross_entropy + config.alpha * alignment} | terms
 
 
-def learning_rate_at(step: int, config) -> float:
+def learning_rate_at(step: int, config: "Config") -> float:
     """The schedule: warm-up over half a percent of the steps, and linear decay to 0 (App. F.1)."""
     warm_up = max(1, round(0.005 * config.steps))
     peak = config.learning_rate or LEARNING_RATES[config.optimizer]
@@ -535,15 +542,21 @@ def learning_rate_at(step: int, config) -> float:
 
 
 def distill(
-    teacher, student, batches, config, mean_squares=None, optimizers=None, done=0, failures=0
+    teacher: nn.Module,
+    student: ProjectedStudent,
+    batches: Iterator[dict],
+    config: "Config",
+    mean_squares: dict | None = None,
+    optimizers: list | None = None,
+    done: int = 0,
 ) -> Iterator[dict]:
     """Train the student in place (App. F.1). A generator: each iteration is one step, a dict.
 
     Steps that are not finite change nothing; ten in a row raise FloatingPointError. A run can go on
     after `done` steps. Within the loop call student.merge() before you use student.model."""
     optimizers = optimizers or make_optimizers(student, config)
+    failures = 0
     for step in range(done, config.steps):
-        started = time.perf_counter()
         record = training_step(teacher, student, batches, config, mean_squares)
         record["gradient_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         record["learning_rate"] = learning_rate_at(step, config)
@@ -557,7 +570,6 @@ def distill(
         if failures == min(10, config.steps):
             raise FloatingPointError(f"{failures} steps in a row are not finite")
         record = {k: float(v) if math.isfinite(v) else None for k, v in record.items()}
-        record["tokens_per_second"] = record["tokens"] / (time.perf_counter() - started)
         yield record | {"step": step + 1, "skipped": not finite}
     with torch.no_grad():
         student.merge()
@@ -663,8 +675,7 @@ def measure_model(model: nn.Module, task, finished: bool = False) -> dict:
 # A teacher in half a minute, with the paper's contrast in it: arithmetic modulo 10 that needs a
 # chain of operations (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 24 fixed pairs that need none
 # (knowledge), `abcd:wxyz`. Characters are tokens, and only answers are labels.
-TINY_DEFAULTS = dict(methods=["red", "lrc"], steps=70, batch_size=64, seq_len=48)
-TINY_DEFAULTS |= dict(measure_every=10, save_every=0)
+TINY_DEFAULTS = dict(methods=["red", "lrc"], steps=70, batch_size=64, seq_len=48, save_every=10)
 TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
 TINY_WORDS = ["".join(random.Random(i).choices(TINY_ALPHABET[18:44], k=4)) for i in range(48)]
@@ -734,43 +745,45 @@ def tiny_teacher_folder(config: Config) -> str:
     recipe = f"{TINY_CONFIG.read_text('utf-8')} {TINY_PAIRS} {TINY_LENGTHS}"
     name = f"tiny-{config.seed}-{random.Random(recipe).getrandbits(32):08x}"
     folder = Path(config.out).parent / name
-    if process()[0] == 0 and not folder.is_dir():
-        partial = f"{folder}-{os.getpid()}.partial"
-        with as_user_error(f"{TINY_CONFIG.name} makes no teacher in {partial} ({{}})."):
+    if rank() == 0 and not (folder / "tokenizer_config.json").is_file():
+        with as_user_error(f"{TINY_CONFIG.name} makes no teacher in {folder} ({{}})."):
             teacher_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
-            tiny_teacher(teacher_config, config.seed).save_pretrained(partial)
-            tiny_tokenizer().save_pretrained(partial)
-        with contextlib.suppress(OSError):  # another command was faster, with the same teacher
-            os.rename(partial, folder)
-    gather()
+            tiny_teacher(teacher_config, config.seed).save_pretrained(folder)
+            tiny_tokenizer().save_pretrained(folder)  # last, so that what is there is whole
+    barrier()
     return str(folder)
 
 
 @torch.no_grad()
+def share_chosen(model: nn.Module, tokenizer) -> float:
+    """Share of the pairs whose own answer is the likeliest of four, for the model (§6)."""
+    lines = []
+    for i, (prompt, _) in enumerate(TINY_PAIRS):  # its own answer, then those of three others
+        lines += [prompt + TINY_PAIRS[i - k][1] for k in range(4)]
+    ids = torch.tensor(tokenizer(lines)["input_ids"], device=model.device)
+    logits = model(ids).logits[:, :-1].float()
+    losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+    answers = losses[:, -len(TINY_PAIRS[0][1]) :].sum(1).view(-1, 4)
+    return fmean((answers[:, 0] < answers[:, 1:].amin(1)).tolist())
+
+
+@torch.no_grad()
 def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
-    """Shares of `pairs` chosen of four and written, and of `chains` written, by length (§6)."""
+    """Shares of `pairs` chosen and written, and of `chains` written, by length (§6)."""
     generator, written = random.Random(12345), []  # for every model the same
     groups = [[random_chain(n, generator) for _ in range(count)] for n in (1, 2, 3, 4, 5)]
     options = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     for lines in progress([TINY_PAIRS, *groups], "measuring"):
         prompts, truths = zip(*lines)  # the prompts are equally long
         ids = torch.tensor(tokenizer(list(prompts))["input_ids"], device=model.device)
-        options["max_new_tokens"] = max(map(len, truths))
-        output = model.generate(ids, do_sample=False, **options)[:, ids.shape[1] :]
-        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        longest = max(map(len, truths))
+        output = model.generate(ids, do_sample=False, max_new_tokens=longest, **options)
+        answers = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         # Only a whole correct line counts, not its last digit alone.
         written.append(fmean(a.strip() == truth.strip() for a, truth in zip(answers, truths)))
-    lines = []  # each pair's prompt with its own answer, then with three of other pairs
-    for prompt, truth in TINY_PAIRS:
-        others = [answer for _, answer in TINY_PAIRS if answer != truth]
-        lines += [prompt + answer for answer in [truth, *generator.sample(others, 3)]]
-    ids = torch.tensor(tokenizer(lines)["input_ids"], device=model.device)
-    logits, size = model(ids).logits[:, :-1].float(), len(TINY_PAIRS[0][1])
-    losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")[:, -size:].sum(1).view(-1, 4)
-    chosen = losses[:, 0] < losses[:, 1:].amin(1)
-    pairs = {"chosen": fmean(chosen.tolist()), "written": written[0]}
-    examples = [prompt + answer.strip() for prompt, answer in zip(prompts, answers)][:50]
-    return {"pairs": pairs, "chains": written[1:], "examples": examples}
+    pairs = {"chosen": share_chosen(model, tokenizer), "written": written[0]}
+    example = prompts[0] + answers[0].strip()  # one of the longest
+    return {"pairs": pairs, "chains": written[1:], "example": example}
 
 
 # ==== Faster [new] ============================================================================
@@ -778,11 +791,20 @@ def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
 # To copy it: torch, F, nn, Tensor, Iterable, os, types and the section of the student.
 
 
-def process() -> tuple[int, int]:
-    """(rank, world_size): this process's number, from 0, and how many torchrun has started."""
-    if not torch.distributed.is_initialized():
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+def rank() -> int:
+    """This process's number, from 0; the first one writes files and speaks."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes torchrun has started."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def barrier():
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        torch.distributed.barrier()
 
 
 def join_processes():
@@ -795,14 +817,15 @@ def join_processes():
 
 def add_over_processes(tensors: Iterable[Tensor]):
     """Replace each tensor by its sum over all processes, in place."""
-    for tensor in tensors if process()[1] > 1 else ():
-        torch.distributed.all_reduce(tensor)
+    if world_size() > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
 
 
-def gather(value=None) -> list:
-    """Every process's value, by rank. Also a barrier: none goes on before all are here."""
-    values = [value] * process()[1]
-    if len(values) > 1:
+def gather(value) -> list:
+    """Every process's value, by rank."""
+    values = [value] * world_size()
+    if world_size() > 1:
         torch.distributed.all_gather_object(values, value)
     return values
 
@@ -834,7 +857,6 @@ def make_optimizers(student: ProjectedStudent, config) -> list[torch.optim.Optim
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 NO_TEXT = re.compile(r"\..*|(readme|licen[cs]e)(\..*)?", re.IGNORECASE)  # names of files
-AS_WRITTEN = {"parse_int": str, "parse_float": str, "parse_constant": str}  # JSON's numbers
 BLOCK = 2000  # documents that are shuffled together
 
 
@@ -854,31 +876,35 @@ def choose_dtype(config: Config) -> torch.dtype:
     """--dtype; auto is bfloat16 for a real teacher where the processor multiplies in it."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    able = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.bfloat16 if config.model and (able or torch.cuda.is_available()) else torch.float32
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    able = torch.cuda.is_available() or capabilities.get("amx_bf16")
+    return torch.bfloat16 if config.model and able else torch.float32
 
 
 def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> tuple:
-    """A frozen teacher and its tokenizer, of a folder or the hub's NAME or NAME@REVISION (§3)."""
-    place, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
-    options = {"trust_remote_code": False, "revision": revision or "main"}
-    cache = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{place.replace('/', '--')}")
-    hint = f"its files are in {cache}" if cache.is_dir() else "is a file missing, or sentencepiece?"
-    with as_user_error(f"cannot load {name} ({{}}); {hint}"):
-        # A checkpoint's config can change what its forward pass returns.
-        returned = {"return_dict": True, "output_attentions": False}
-        config = AutoConfig.from_pretrained(place, **returned, **options)
-        kind = "quantised" if hasattr(config, "quantization_config") else config.model_type
+    """A frozen teacher and its tokenizer, of a folder or a name on the hub (§3)."""
+    with as_user_error(f"cannot load {name} ({{}}); is a file missing, or sentencepiece?"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = config.model_type
         require(kind in FAMILIES, f"{name} is {kind}; supported: {', '.join(FAMILIES)}.")
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        options |= {"config": config, "attn_implementation": "sdpa", "output_loading_info": True}
-        options |= {"dtype": dtype, "use_safetensors": True}  # no pickle, which could run code
-        teacher, loading = AutoModelForCausalLM.from_pretrained(place, **options)
+        require(not hasattr(config, "quantization_config"), f"{name} is quantised.")
+        # A checkpoint's config can change what its forward pass returns.
+        config.return_dict, config.output_attentions = True, False
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        teacher, loading = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+            use_safetensors=True,  # no pickle, which could run code
+            output_loading_info=True,
+        )
         teacher.generation_config.validate(strict=True)  # or a student could not be saved
     keys = sorted(map(str, [*loading["missing_keys"], *loading["unexpected_keys"]]))
     require(not keys, f"{name} does not fit its config: missing or not known: {keys[:3]}.")
-    ids = [*tokenizer("1 a.")["input_ids"], tokenizer.eos_token_id or 0, tokenizer.vocab_size - 1]
-    usable = tokenizer.is_fast and len(ids) > 2 and max(ids) < teacher.config.vocab_size
+    largest = max(tokenizer.eos_token_id or 0, tokenizer.vocab_size - 1)
+    usable = tokenizer.is_fast and 0 < largest < teacher.config.vocab_size
     require(usable, f"{name} lacks its tokenizer's files, or has another model's.")
     # A file may hold two different matrices where its config calls them tied: believe the file.
     teacher.config.tie_word_embeddings = teacher.lm_head.weight is teacher.model.embed_tokens.weight
@@ -888,8 +914,7 @@ def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> tuple:
 
 
 def export_student(student: ProjectedStudent, task: Task, folder: Path):
-    """Save the merged student as an ordinary checkpoint, and see that it opens and computes the
-    same (App. C). UserError: it does not, or cannot be written."""
+    """Save the merged student as an ordinary checkpoint. UserError: it does not open (App. C)."""
     announce("exporting", str(folder))
     model, weights = student.model, student.model.state_dict()
     model.generation_config = task.teacher.generation_config
@@ -906,50 +931,48 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
     exported, _ = load_teacher(str(folder), task.teacher.dtype)
     one, other = [last_hidden(m, task.held_out[0]["input_ids"]) for m in (exported, model)]
     require((one - other).norm() <= 1e-2 * other.norm(), f"{folder} differs from what was trained.")
-    announce("exported", "it opens, and computes what was trained")
 
 
 def adapt_to_others(folder: Path, as_llama: bool):
-    """Edit a checkpoint's files for transformers 4, MLX, llama.cpp, vLLM, and other users."""
+    """Edit a checkpoint's files for transformers 4, MLX, llama.cpp and vLLM."""
     config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    if config["rope_parameters"]["rope_type"] != "default":
-        config["rope_scaling"] = config["rope_parameters"]
+    rope = config["rope_parameters"]
+    config["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = rope
     if as_llama:
-        config |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        config |= {"attention_bias": True, "mlp_bias": False}
+        config["model_type"] = "llama"
+        config["architectures"] = ["LlamaForCausalLM"]
+        config["attention_bias"] = True
+        config["mlp_bias"] = False
     write(folder / "config.json", config)
+
     text = (folder / "tokenizer_config.json").read_text("utf-8")
     text = text.replace("TokenizersBackend", "PreTrainedTokenizerFast")
     text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
-    # The code that an auto_map names stays behind.
-    values = {name: value for name, value in json.loads(text).items() if name != "auto_map"}
+    values = json.loads(text)
+    values.pop("auto_map", None)  # the code that it names stays behind
     write(folder / "tokenizer_config.json", values)
-    os.umask(umask := os.umask(0))
-    for path in folder.glob("*.safetensors"):
-        path.chmod(0o666 & ~umask)  # safetensors makes them readable by their owner only
 
 
 def files_of(source: str | None) -> list[Path]:
     """The files that a name stands for: itself, a folder's, or a pattern's; none: of the hub."""
-    if not os.path.isdir(source or ""):
-        names = (
-            [source] if os.path.isfile(source or "") else glob.glob(source or "", recursive=True)
-        )
-        return [Path(name) for name in sorted(names) if os.path.isfile(name)]
-    found, visited = {}, set()  # links are followed, but only once
-    for folder, folders, names in os.walk(source, followlinks=True):
-        new = os.path.realpath(folder) not in visited
-        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+    source, visited = source or "", set()
+    if os.path.isfile(source):
+        return [Path(source)]
+    names = [] if os.path.isdir(source) else glob.glob(source, recursive=True)
+    for folder, folders, inside in os.walk(source, followlinks=True):
+        names += [os.path.join(folder, name) for name in inside if not NO_TEXT.fullmatch(name)]
+        new = os.path.realpath(folder) not in visited  # links may lead in a circle
         visited.add(os.path.realpath(folder))
-        for path in [Path(folder, name) for name in names if not NO_TEXT.fullmatch(name)]:
-            if path.is_file():
-                found.setdefault(path.resolve(), path)
-    return sorted(found.values())
+        folders[:] = [name for name in folders if new and not name.startswith(".")]
+    # Links may lead to a file more than once, too.
+    files = {os.path.realpath(name): Path(name) for name in sorted(names, reverse=True)}
+    return sorted(path for path in files.values() if path.is_file())
 
 
 def rows_of(path: Path) -> Iterator[dict]:
-    """The rows of a file: only the columns needed, and JSON's numbers as they are written."""
+    """The rows of a file. A .txt has blank lines between documents, a .json an array or lines."""
     if path.suffix == ".parquet":
         file = pyarrow.parquet.ParquetFile(path)
         wanted = {"text", "question", "answer"}.intersection(file.schema_arrow.names)
@@ -957,34 +980,31 @@ def rows_of(path: Path) -> Iterator[dict]:
             yield from batch.to_pylist()
         return
     with open(path, encoding="utf-8-sig") as file:  # a byte order mark is no text
-        array = path.suffix == ".json" and file.read(1000).lstrip().startswith("[")
+        start = file.read(1000).lstrip()
         file.seek(0)
-        if array:
-            yield from json.load(file, **AS_WRITTEN)
-        elif path.suffix != ".txt":  # also a .json that has a row in each line
-            yield from (json.loads(line, **AS_WRITTEN) for line in file if line.strip())
-        else:  # blank lines separate documents; without any between two, each line is one
-            runs = [blank for blank, _ in itertools.groupby(file, str.isspace)]
-            separated = runs.count(False) > 1
-            file.seek(0)
-            for _, lines in itertools.groupby(file, str.isspace):
-                for text in ["".join(lines)] if separated else lines:
-                    yield {"text": text.strip("\n")}
+        if path.suffix == ".txt":
+            for blank, lines in itertools.groupby(file, str.isspace):
+                if not blank:
+                    yield {"text": "".join(lines).strip("\n")}
+        elif path.suffix == ".json" and start.startswith("["):
+            yield from json.load(file)
+        else:
+            yield from (json.loads(line) for line in file if line.strip())
 
 
 def document_of(row: dict, where: str) -> dict:
     """A row's {"prompt", "answer"}: `question`, `answer`, or "" and `text`. UserError: neither."""
-    row = row if isinstance(row, dict) else {"no object": row}
+    require(isinstance(row, dict), f"{where} is no object with names.")
     asked = row.get("question") not in (None, "") and row.get("answer") not in (None, "")
-    known = {"question", "answer"} <= row.keys() or "text" in row
+    known = "text" in row or {"question", "answer"} <= row.keys()
     require(known, f"{where} lacks a `text`, or `question` and `answer`; it has {', '.join(row)}.")
-    texts = []
-    for name in ("question", "answer") if asked else ("text",):  # others may be of any type
-        value = "" if row.get(name) is None else row[name]
+    names = ("question", "answer") if asked else ("text",)  # others may be of any type
+    values = ["" if row.get(name) is None else row[name] for name in names]
+    for name, value in zip(names, values):
         usable = isinstance(value, str | int | float)
         require(usable, f"{where} has a {type(value).__name__} as its {name}, not a string.")
-        texts.append(str(value).lower() if isinstance(value, bool) else str(value))
-    return {"prompt": f"Question: {texts[0]}\nAnswer: " if asked else "", "answer": texts[-1]}
+    prompt = f"Question: {values[0]}\nAnswer: " if asked else ""
+    return {"prompt": prompt, "answer": str(values[-1])}
 
 
 def documents_of(path: str) -> Iterator[dict]:
@@ -1005,13 +1025,6 @@ def documents_in_turns(paths: tuple[str]) -> Iterator[dict]:
             yield from (document for document in documents if document)
 
 
-def hub_source(name: str) -> tuple:
-    """NAME@REVISION:CONFIG:SPLIT as (name, config or None, split, revision or None)."""
-    place, config, split = [*name.split(":", 2), "", ""][:3]
-    place, _, revision = place.partition("@")
-    return place, config or None, split or "train", revision or None
-
-
 def open_documents(source: str, flag: str):
     """A streaming dataset of `document_of` each row, of files or the hub. UserError: neither."""
     import datasets  # here, because it takes seconds and the tiny world needs none of it
@@ -1019,16 +1032,17 @@ def open_documents(source: str, flag: str):
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(50)  # its errors become our one sentence
     paths = tuple(map(str, files_of(source)))  # a list would be taken for shards, read one by one
-    for path in paths:
-        require(path.endswith(SUFFIXES), f"cannot read {path}; {flag} takes {SUFFIXES} files.")
-    announce("reading", f"{len(paths):,} files of {source}" if paths else f"{source} of the hub")
     if paths:
+        for path in paths:
+            require(path.endswith(SUFFIXES), f"cannot read {path}; {flag} takes {SUFFIXES} files.")
+        announce("reading", f"{len(paths):,} files of {source}")
         options = {"gen_kwargs": {"paths": paths}}
         return datasets.IterableDataset.from_generator(documents_in_turns, **options)
+    announce("reading", f"{source} of the hub")
+    name, config, split = [*source.split(":", 2), "", ""][:3]
     with as_user_error(f"{flag} {source} is no file, nor a hub dataset in reach ({{}})."):
-        name, config, split, revision = hub_source(source)
-        options = {"revision": revision, "split": split, "streaming": True}
-        rows = datasets.load_dataset(name, config, **options)
+        options = {"split": split or "train", "streaming": True}
+        rows = datasets.load_dataset(name, config or None, **options)
     rows = rows.map(document_of, fn_kwargs={"where": f"a row of {source}"})
     return rows.filter(lambda document: bool(document["answer"].strip()))
 
@@ -1055,84 +1069,67 @@ def packed(documents: Iterable, task: Task, batch_size: int, seq_len: int, token
 
 
 class TrainingText:
-    """Text to train on, from any place in it (App. F.2), shuffled in blocks of documents.
-
-    A place is what is left of a block, the tokens that no batch has had yet, and where the stream
-    goes on: a run that goes on from it reads nothing twice."""
+    """Text to train on, shuffled in blocks of documents, from any place in it (App. F.2): what is
+    left of a block, the tokens that no batch has had yet, and where the stream goes on."""
 
     def __init__(self, config: Config, task: Task):
-        """Read the first block; 200 documents of it, or a tenth of a smaller text, are held out."""
-        self.config, self.task, documents, states = config, task, [], []
-        self.stream, self.rows = open_documents(config.data, "--data"), None
-        for document in progress(itertools.islice(self.stream, BLOCK), "reading", BLOCK):
-            documents.append(document)
-            states.append(self.stream.state_dict())
+        """Read 2,000 documents; 200 of them, or a tenth of a smaller text, are held out."""
+        self.config, self.task = config, task
+        stream = open_documents(config.data, "--data")
+        documents = list(progress(itertools.islice(stream, BLOCK), "reading", BLOCK))
         aside = max(1, min(200, len(documents) // 10))
         self.held_out, self.first = documents[:aside], documents[aside:]
-        short = f"{config.data} is too short: it has {len(documents)} documents."
-        require(len(self.first) >= process()[1], short)
-        # Where the stream begins again at its end, and where it goes on after the first block.
-        self.again = states[aside - 1]
-        self.behind_first = states[-1] if len(documents) == BLOCK else self.again
+        require(len(self.first) >= world_size(), f"{config.data} has too few documents.")
+        self.stream = stream.skip(aside)
+        self.beginning = self.stream.state_dict()
 
     def batches_from(self, place: dict | None) -> Iterator[dict]:
         """Endless batches for this process from a place; None: from the beginning."""
-        self.tokens, self.documents, self.block, self.rows = [], [], 0, None
-        if place:
-            self.next, self.block = place["stream"], place["block"]
-            self.documents, self.tokens = list(place["documents"]), list(place["tokens"])
-        else:
-            self.shuffle(self.first, self.behind_first)
+        start = {"documents": [], "tokens": [], "block": 0, "stream": self.beginning}
+        self.place = place or start
         batch_size, seq_len = self.config.batch_size, self.config.seq_len
-        return packed(self.read(), self.task, batch_size, seq_len, self.tokens)
-
-    def place(self) -> dict:
-        """Where the next batch begins."""
-        left = dict(documents=list(self.documents), tokens=list(self.tokens), block=self.block)
-        return left | {"stream": self.next}
-
-    def shuffle(self, documents: list[dict], behind: dict):
-        """Take this process's share of a block, in an order of its own."""
-        self.documents = documents[process()[0] :: process()[1]]
-        self.next, self.block = behind, self.block + 1
-        random.Random(f"{self.config.seed} {self.block}").shuffle(self.documents)
+        return packed(self.read(), self.task, batch_size, seq_len, self.place["tokens"])
 
     def read(self) -> Iterator[dict]:
-        """Document after document, without an end."""
-        count = BLOCK * process()[1]
+        """Document after document, without an end. Each process has its share of a block."""
+        place, rows, count = self.place, None, BLOCK * world_size()
         while True:
-            while self.documents:
-                yield self.documents.pop()
-            if self.rows is None:
-                self.stream.load_state_dict(self.next)
-                self.rows = iter(self.stream)
-            documents = list(itertools.islice(self.rows, count))
-            ended = len(documents) < count
-            self.rows = None if ended else self.rows
-            self.shuffle(documents, self.again if ended else self.stream.state_dict())
+            while place["documents"]:
+                yield place["documents"].pop()
+            if rows is None:
+                self.stream.load_state_dict(place["stream"])
+                rows = iter(self.stream)
+            block = list(itertools.islice(rows, count))
+            place["stream"] = self.stream.state_dict()
+            if len(block) < count:  # the text has ended, and begins again
+                place["stream"], rows = self.beginning, None
+            place["block"] += 1
+            random.Random(f"{self.config.seed} {place['block']}").shuffle(block)
+            place["documents"] = block[rank() :: world_size()]
 
 
 def training_batches(config: Config, task: Task, done: int, place: dict | None) -> Iterator[dict]:
     """This process's batches after `done` steps, from a place in the text."""
     if task.text is not None:
         return task.text.batches_from(place)
-    rank, world_size = process()
     lines = tiny_batches(config.batch_size, config.seq_len, f"training {config.seed}")
-    taken = done * config.grad_accum * world_size  # these are made too fast to need a place
-    return itertools.islice(lines, taken + rank, None, world_size)
+    taken = done * config.grad_accum * world_size()  # made too fast to need a place
+    return itertools.islice(lines, taken + rank(), None, world_size())
 
 
 def read_problems(config: Config, task: Task) -> list[list[dict]]:
     """Worked problems to score results of, in groups. UserError: there are none."""
     rows = open_documents(config.eval_data, "--eval-data").filter(lambda row: row["prompt"])
-    problems = []
-    for row in progress(rows.take(config.eval_problems), "reading", config.eval_problems):
+    rows, problems = rows.take(config.eval_problems), []
+    for row in progress(rows, "reading", config.eval_problems):
         tokens_of(row, task)  # all of them are known to the teacher
-        problems.append(encode_answer(row["prompt"], row["answer"], task.tokenizer))
-    problems = [problem for problem in problems if problem["answer_at"] < len(problem["ids"])]
+        problem = encode_answer(row["prompt"], row["answer"], task.tokenizer)
+        if problem["answer_at"] < len(problem["ids"]):
+            problems.append(problem)
     annotated = any(problem["results"] for problem in problems)
     require(annotated, f"--eval-data {config.eval_data} has no results as in <<48/2=24>>.")
-    return [problems[i : i + config.batch_size] for i in range(0, len(problems), config.batch_size)]
+    size = config.batch_size
+    return [problems[i : i + size] for i in range(0, len(problems), size)]
 
 
 def open_task(config: Config) -> Task:
@@ -1142,22 +1139,16 @@ def open_task(config: Config) -> Task:
     task = Task(*load_teacher(name, choose_dtype(config)))
     positions = task.teacher.config.max_position_embeddings
     require(length <= positions, f"--seq-len is beyond the {positions:,} positions of {name}.")
-    width = choose_width(config.ratio, task.teacher.config)
-    with as_user_error(f"{name}, or a student {width} wide, cannot run ({{}})."):
-        ids = torch.arange(8)[None] % task.teacher.config.vocab_size
-        calibration = calibrate(task.teacher, [{"input_ids": ids}])  # a trial
-        last_hidden(new_student("red", task.teacher, width, calibration).model, ids)
     if config.model is None:
         samples = tiny_batches(1, length, f"calibration {config.seed}")
         task.held_out = [next(tiny_batches(128, length, f"held out {config.seed}"))]
     else:
         task.text = TrainingText(config, task)
+        samples = packed(task.text.first, task, 1, length, [])
         held_out = packed(task.text.held_out, task, 1, length, [])
         task.held_out = list(itertools.islice(held_out, 32))  # more would take long
-        samples = packed(task.text.first, task, 1, length, [])
     task.samples = list(itertools.islice(samples, config.calibration_samples))
-    labels = any((batch["labels"][:, 1:] != -100).any() for batch in task.held_out)
-    require(labels and task.samples, "too little text: give more, or another --seq-len.")
+    require(task.held_out and task.samples, "too little text: give more, or a lower --seq-len.")
     if config.eval_data not in (None, "none"):
         task.problems = read_problems(config, task)
     return task
@@ -1167,7 +1158,7 @@ def open_task(config: Config) -> Task:
 # OUT holds the students of one teacher under one set of settings, which differ only in how their
 # projections start. Only the first process writes files; JSON and checkpoints whole or not at all.
 # Every fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stop.
-NOT_IDENTITY = ("out", "save_every", "measure_every", "methods")
+NOT_IDENTITY = ("out", "save_every", "methods")
 SIGNALS = {"wait": False, "came": False}  # wait: until the end of a training step
 
 
@@ -1190,33 +1181,31 @@ def as_user_error(sentence: str):
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:250].rstrip(".") or type(error).__name__
-        if re.search("gated|private repo", str(error)):
-            text = "missing, or gated or private: `hf auth login`, and ask for access on its page"
         raise UserError(sentence.replace("{}", text)) from error
 
 
 def announce(what: str, text: str):
     """One line of what is being done, from the first process."""
-    if process()[0] == 0:
+    if rank() == 0:
         tqdm.write(f"{what:<12} {text}")
 
 
 def progress(items: Iterable, what: str, total: int | None = None, done: int = 0) -> Iterator:
     """Yield the items under a bar; in a file or a pipe, say at tenths how far a long way is."""
     total = len(items) if total is None else total
-    said, watched = time.monotonic(), sys.stderr.isatty() and process()[0] == 0
-    for item in tqdm(items, what, total, initial=done, leave=False, disable=not watched):
+    said, terminal = time.monotonic(), rank() == 0 and sys.stderr.isatty()
+    for item in tqdm(items, what, total, initial=done, leave=False, disable=not terminal):
         yield item
         done += 1
         tenth = done * 10 // total > (done - 1) * 10 // total
-        if tenth and not watched and time.monotonic() - said > 3:
+        if tenth and not terminal and time.monotonic() - said > 3:
             said = time.monotonic()
             announce(what, f"{done:,} of {total:,}")
 
 
 def write(path: Path, value):
     """Write text, tensors (a .pt file), or any other value as JSON: whole, or not at all."""
-    if process()[0] > 0:
+    if rank() > 0:
         return
     partial = path.with_name(f"{path.name}.partial")
     with as_user_error(f"cannot write {path} ({{}}): disk full? The same command goes on."):
@@ -1231,13 +1220,13 @@ def write(path: Path, value):
 def settings_of(config: Config) -> dict:
     """What identifies a run: settings, kind of device, names and sizes of local files."""
     settings = {k: v for k, v in vars(config).items() if k not in NOT_IDENTITY}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings |= {"processes": process()[1], "dtype": str(choose_dtype(config)), "device": device}
-    for path in Path(config.model).glob("*") if config.model else [TINY_CONFIG]:
-        if re.search(r"config\.json$|^tokenizer|\.safetensors$", path.name):
-            settings[f"size of the model's {path.name}"] = path.stat().st_size
-    for path in [*files_of(config.data), *files_of(config.eval_data)]:
-        settings[f"size of {path}"] = path.stat().st_size
+    settings["processes"] = world_size()
+    settings["dtype"] = str(choose_dtype(config))
+    settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    model = config.model or TINY_CONFIG.parent
+    for source in (f"{model}/*.json", f"{model}/*.safetensors", config.data, config.eval_data):
+        for path in files_of(source):
+            settings[f"size of {path}"] = path.stat().st_size
     return settings
 
 
@@ -1245,10 +1234,9 @@ def open_folder(folder: Path, settings: dict):
     """Make a folder. UserError: it holds anything but a run with these settings."""
     with as_user_error(f"--out {folder} cannot be made ({{}}); name another."):
         folder.mkdir(parents=True, exist_ok=True)
-    if all(path.suffix == ".partial" for path in folder.iterdir()):
+    if not any(folder.iterdir()):
         return
-    sentence = f"{folder} holds files of no run of RED; name another --out."
-    with as_user_error(sentence):
+    with as_user_error(f"{folder} holds files of no run of RED; name another --out."):
         stored = dict(json.loads((folder / "settings.json").read_text("utf-8")))
     for name in sorted(stored | settings):
         there, here = stored.get(name, "nothing"), settings.get(name, "nothing")
@@ -1258,14 +1246,17 @@ def open_folder(folder: Path, settings: dict):
 
 def save_checkpoint(folder: Path, records: list, student, optimizers: list, task: Task):
     """Save what going on needs: all records, what learns, and every process's place in the text."""
-    state = {"records": records, "student": student.parameters()}
-    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    state["places"] = gather(task.text and task.text.place())
+    state = {
+        "records": records,
+        "student": student.parameters(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "places": gather(task.text and task.text.place),
+    }
     write(folder / f"step-{records[-1]['step']:07}.pt", state)
-    if process()[0] == 0:
+    if rank() == 0:
         for path in [*folder.glob("*.partial"), *sorted(folder.glob("step-*.pt"))[:-2]]:
             path.unlink()
-    gather()  # nobody leaves before the first process has written
+    barrier()  # nobody leaves before the first process has written
 
 
 def load_checkpoint(folder: Path, student, optimizers: list) -> tuple[list, dict | None]:
@@ -1282,15 +1273,16 @@ def load_checkpoint(folder: Path, student, optimizers: list) -> tuple[list, dict
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     announce("checkpoint", f"going on from {paths[-1]}")
-    return state["records"], state["places"][process()[0]]
+    return state["records"], state["places"][rank()]
 
 
 def train_student(method: str, config: Config, student, task: Task, mean_squares: dict) -> list:
     """Train one student, from its start or its last checkpoint. Returns a record of each step."""
     if student.teacher.device.type == "cuda":
         fuse_norms(student.model)
-    for parameter in student.parameters() if process()[1] > 1 else ():
-        torch.distributed.broadcast(parameter.data, 0)  # GPUs may differ in the last digit
+    if world_size() > 1:
+        for parameter in student.parameters():  # GPUs may differ in the last digit
+            torch.distributed.broadcast(parameter.data, 0)
     folder, optimizers = Path(config.out) / method, make_optimizers(student, config)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     records, place = load_checkpoint(folder / "checkpoints", student, optimizers)
@@ -1299,61 +1291,64 @@ def train_student(method: str, config: Config, student, task: Task, mean_squares
         records = [{"step": 0, "tokens_seen": 0, "held_out": measures}]
     # Cut the file back to the checkpoint: the steps after it will be taken again.
     write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+
     done = records[-1]["step"]
-    failures = done - max(record["step"] for record in records if not record.get("skipped"))
     batches = training_batches(config, task, done, place)
-    loop = distill(task.teacher, student, batches, config, mean_squares, optimizers, done, failures)
-    SIGNALS.update(wait=True, came=False)
-    for record in progress(loop, method, config.steps, done):
+    steps = distill(task.teacher, student, batches, config, mean_squares, optimizers, done)
+    SIGNALS["wait"] = True
+    for record in progress(steps, method, config.steps, done):
         step, last = record["step"], record["step"] == config.steps
         record["tokens_seen"] = records[-1]["tokens_seen"] + record["tokens"]
-        if last or config.measure_every and step % config.measure_every == 0:
+        saving = last or config.save_every > 0 and step % config.save_every == 0
+        if saving:
             student.merge()
             record["held_out"] = measure_model(student.model, task, finished=last)
         records.append(record)
-        if process()[0] == 0:
+        if rank() == 0:
             with open(folder / "metrics.jsonl", "a") as file:
                 print(json.dumps(record), file=file)
         stopping = any(gather(SIGNALS["came"]))  # all processes stop together
-        if last or stopping or config.save_every and step % config.save_every == 0:
+        if saving or stopping:
             save_checkpoint(folder / "checkpoints", records, student, optimizers, task)
         if stopping:
             raise KeyboardInterrupt
     SIGNALS["wait"] = False
-    if any(gather(SIGNALS["came"])):  # during the last save
-        raise KeyboardInterrupt
     return records
 
 
 def run(config: Config):
     """Make all the students of a command, all in OUT, and print what came out."""
     out, rows = Path(config.out), {}
-    if process()[0] == 0:
+    if rank() == 0:
         open_folder(out, settings_of(config))
         if (out / "summary.json").is_file():  # what earlier commands have finished stays finished
             rows = json.loads((out / "summary.json").read_text("utf-8"))
     rows = gather(rows)[0]
-    done = [name for name in rows if (out / name / "student" / "config.json").is_file()]
-    methods = [method for method in dict.fromkeys(config.methods) if method not in done]
-    if methods:
+    missing = []
+    for method in dict.fromkeys(config.methods):
+        if method not in rows or not (out / method / "student" / "config.json").is_file():
+            missing.append(method)
+    if missing:
         task = open_task(config)
         teacher, width = task.teacher, choose_width(config.ratio, task.teacher.config)
-        where = f"{process()[1]} x {teacher.device}, {str(teacher.dtype)[6:]}"
+        where = f"{world_size()} x {teacher.device}, {str(teacher.dtype)[6:]}"
         announce("students", f"width {width} of {teacher.config.hidden_size}, on {where}")
-        calibration = calibrate(teacher, progress(task.samples, "calibrating"))
-        rows["teacher"] = rows.get("teacher") or measure_model(teacher, task, finished=True)
+        with as_user_error(f"{config.model} cannot run ({{}})."):
+            calibration = calibrate(teacher, progress(task.samples, "calibrating"))
+        if "teacher" not in rows:
+            rows["teacher"] = measure_model(teacher, task, finished=True)
         write(out / "settings.json", settings_of(config))  # by now the input is known to be good
         write(out / "summary.json", rows)
-    for method in methods:
+    for method in missing:
         student = new_student(method, teacher, width, calibration, config.seed)
         records = train_student(method, config, student, task, calibration.mean_squares)
-        if process()[0] == 0:
+        if rank() == 0:
             export_student(student, task, out / method / "student")
         curve = [record for record in records if "held_out" in record]
         rows[method] = records[-1]["held_out"] | {"curve": curve}
         write(out / "summary.json", rows)
-        gather()
-    if process()[0] == 0:
+        barrier()
+    if rank() == 0:
         print(f"\n{table(rows)}\n\nstudents in {out}")
 
 
@@ -1367,24 +1362,29 @@ def table(rows: dict) -> str:
             shares |= dict(zip(("chains of 1", "of 2", "of 3", "of 4", "of 5"), row["chains"]))
             shares["pairs written"] = row["pairs"]["written"]
         if "results" in row:
-            shares |= {"other tokens right": row["other_tokens"], "results right": row["results"]}
+            shares["other tokens right"] = row["other_tokens"]
+            shares["results right"] = row["results"]
         cells = {name: f"{share:.0%}" for name, share in shares.items()}
-        cells |= {" loss": f"{row['loss']:.3f}", "eRank": f"{fmean(row['erank']):.1f}"}
+        cells[" loss"] = f"{row['loss']:.3f}"
+        cells["eRank"] = f"{fmean(row['erank']):.1f}"
         cells["  size"] = f"{row['parameters'] / 1e6:,.2f}M"
-        lines = lines or ["  ".join([" " * wide, *cells])]
+        if not lines:
+            lines = ["  ".join([" " * wide, *cells])]
         padded = [text.rjust(len(heading)) for heading, text in cells.items()]
         lines.append("  ".join([label.ljust(wide), *padded]))
-    curves = {label: row["curve"] for label, row in rows.items() if "curve" in row}
-    for label, curve in curves.items():
-        few = curve[:: math.ceil(len(curve) / 11)]  # eleven points at the most
+    for label, row in rows.items():
+        curve = row.get("curve", [])
+        few = curve[:: math.ceil(len(curve) / 11) or 1]  # eleven points at the most
         steps = "eRank, step".ljust(wide) + "".join(f"{record['step']:>7,}" for record in few)
-        lines += ["", steps] if steps not in lines else []
-        ranks = [fmean(record["held_out"]["erank"]) for record in few]
-        lines.append(label.ljust(wide) + "".join(f"{rank:7.1f}" for rank in ranks))
-    written = list(zip(*[row.get("examples", []) for row in rows.values()]))
-    # The one where whole lines and last digits differ most.
-    example = max(written, key=lambda t: len({*t, *(text[-1:] for text in t)}), default=[])
-    lines += ["", *(f"{label:<{wide}}  {text}" for label, text in zip(rows, example))]
+        if few and steps not in lines:
+            lines += ["", steps]
+        if few:
+            ranks = [fmean(record["held_out"]["erank"]) for record in few]
+            lines.append(label.ljust(wide) + "".join(f"{rank:7.1f}" for rank in ranks))
+    lines.append("")
+    for label, row in rows.items():
+        if "example" in row:
+            lines.append(f"{label:<{wide}}  {row['example']}")
     return "\n".join(lines)
 
 
@@ -1392,54 +1392,57 @@ def parse_arguments(arguments: list[str] | None = None) -> Config:
     """Command line (list of words; None: sys.argv) -> Config. A mistake raises UserError."""
     after = f"tiny world: {TINY_DEFAULTS}, learning_rate {TINY_LEARNING_RATES}"
     after += "".join(f"\n  {name:<17}  {start}" for name, start in METHODS.items())
-    options = {"description": __doc__, "epilog": after, "usage": "python red.py [flags]"}
-    options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "exit_on_error": False}
-    parser = transformers.HfArgumentParser(Config, allow_abbrev=False, **options)
-    parser._negative_number_matcher = re.compile(r"-[\d.]")  # -1e-3 is no flag
+    parser = transformers.HfArgumentParser(
+        Config,
+        usage="python red.py [flags]",
+        description=__doc__,
+        epilog=after,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
     with as_user_error("{}; python red.py --help lists every flag."):
         config, rest = parser.parse_known_args(arguments)
         if config.model is None:
             parser.set_defaults(**TINY_DEFAULTS)
             config, rest = parser.parse_known_args(arguments)
         require(not rest, f"{' '.join(rest)} is not understood; see python red.py --help.")
-    changed = {k: v for k, v in vars(config).items() if v != parser.get_default(k)}
-    for name in {"model", "data", "eval_data", "out"} & changed.keys():
-        setattr(config, name, os.path.expanduser(changed[name]))
     config = Config(**vars(config))
+    if config.out is None:  # runs that differ get different folders
+        config.out = f"runs/{os.path.basename(os.path.abspath(config.model or 'tiny'))}"
+        for name, value in vars(config).items():
+            if value != parser.get_default(name) and name not in ("model", *NOT_IDENTITY):
+                config.out += f"-{name}-{value}".replace("_", "-").replace("/", "-")
+        config.out = config.out[:200]
     if config.learning_rate is None:
         rates = LEARNING_RATES if config.model else TINY_LEARNING_RATES
         config.learning_rate = rates[config.optimizer]
-    if config.out is None:  # runs that differ get different folders
-        words = [os.path.basename(os.path.abspath(config.model or "tiny"))]
-        for name in sorted(changed.keys() - {"model", *NOT_IDENTITY}):
-            words.append(f"{name}-{changed[name]}".replace("_", "-").replace("/", "-"))
-        config.out = f"runs/{'-'.join(words)[:200]}"
+    check(config)
     if config.model is not None:
         local = files_of(config.model) or files_of(config.data)
         config.eval_data = config.eval_data or (None if local else "openai/gsm8k:main:test")
         config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"
-    check(config, changed)
     return config
 
 
-def check(config: Config, changed: dict):
+def check(config: Config):
     """Reject impossible settings (UserError). Loads nothing."""
-    least = dict(seq_len=2, calibration_samples=1, batch_size=1, grad_accum=1, eval_problems=1)
-    least |= dict(temperature=1e-9, learning_rate=1e-9)
-    for name, value in changed.items():
-        flag, lowest = "--" + name.replace("_", "-"), least.get(name, 0)
-        require(value != "", f"{flag} is empty; name something, or leave it out.")
-        fits = not isinstance(value, int | float) or lowest <= value < 2**63
-        require(fits, f"{flag} must be a number of at least {lowest}, got {value}.")
-        require(config.model or "data" not in name, f"{flag} needs --model, the teacher.")
-    require(0 < config.ratio <= 1, f"--ratio must lie in (0, 1], got {config.ratio}.")
-    read = []
-    for source in (config.data, config.eval_data):  # whatever links lead to a file, it is one
-        files = {(path.stat().st_dev, path.stat().st_ino) for path in files_of(source)}
-        read.append(files or {hub_source(source or "")[:3]})
-    require(not config.data or not read[0] & read[1], "--eval-data is part of --data.")
-    data, out = os.path.realpath(config.data or "/dev/null"), os.path.realpath(config.out)
-    require(not out.startswith(data + os.sep), "--out lies inside --data; name another.")
+    least = dict(steps=0, alpha=0, seed=0, save_every=0, seq_len=8)
+    least |= dict(ratio=1e-9, temperature=1e-9, learning_rate=1e-9)
+    for name, value in vars(config).items():
+        flag, lowest = "--" + name.replace("_", "-"), least.get(name, 1)
+        most = 1 if name == "ratio" else 10**9
+        require(value != "", f"{flag} is empty; leave it out.")
+        if isinstance(value, int | float):
+            require(lowest <= value <= most, f"{flag} must be from {lowest} to {most}.")
+    text = config.data or config.eval_data
+    require(config.model or not text, "--data and --eval-data need --model, the teacher.")
+    if config.data is not None:
+        both = [{path.resolve() for path in files_of(s)} for s in (config.data, config.eval_data)]
+        shared = both[0] & both[1] or config.data == config.eval_data
+        require(not shared, "--eval-data is part of --data.")
+        inside = Path(config.out).resolve().is_relative_to(Path(config.data).resolve())
+        require(not inside, "--out lies inside --data; name another.")
 
 
 def on_signal(number, frame):
@@ -1454,8 +1457,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     SIGNALS.update(wait=False, came=False)
-    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
-    again, alone = "the same command resumes.", False
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    again = "the same command resumes."
     try:
         config = parse_arguments(arguments)
         join_processes()
@@ -1471,20 +1475,14 @@ def main(arguments: list[str] | None = None) -> int:
         code, text = 1, f"{error}; try a lower --learning-rate, and another --out."
     except Exception as error:
         memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        lost = isinstance(error, RuntimeError) and "onnection " in str(error)
-        alone = lost or isinstance(error, torch.distributed.DistError)
+        lost = isinstance(error, torch.distributed.DistError) or "onnection " in str(error)
         network = re.match("http|pyarrow|aiohttp|urllib3|fsspec", type(error).__module__)
+        if not (memory or lost or network or isinstance(error, OSError)):
+            raise
         code, text = 1, f"{type(error).__name__}: {error}; once that is mended, {again}"
         if memory:
             text = "out of memory; try a smaller --batch-size or --seq-len."
-        elif alone:
-            text = f"another process has ended ({error}); {again}"
-        elif not isinstance(error, OSError) and not network:
-            raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if os.environ.get("RANK", "0") != "0" and not alone:  # the first process speaks for all
+    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print(f"red.py: {' '.join(text.split())}", file=sys.stderr)
@@ -1494,7 +1492,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     huggingface_hub.utils.logging.set_verbosity_error()  # it would report each retry
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # some schedulers close them
-    sys.stderr = sys.stderr or sys.stdout
     sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for any terminal or pipe
     sys.exit(main())

@@ -106,8 +106,8 @@ def make_batch(rows=3, tokens=12, seed=1, least=0, most=60):
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-# To calibrate on: sequences of several lengths and sizes, and a batch of two.
-SAMPLES = [make_batch(1, 12, 0, 2, 30), make_batch(1, 7, 1, 30), make_batch(2, 9, 2, 2)]
+# To calibrate on: two sequences at a time, which differ in the size of their activations.
+SAMPLES = [make_batch(2, 9, 0, 2, 30), make_batch(2, 9, 1, 30), make_batch(2, 9, 2, 2)]
 
 
 def uneven_batches():
@@ -385,12 +385,9 @@ def test_plain_autograd_gives_the_reference_step_and_that_the_fast_step(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_are_added_up_in_float32(dtype):
-    """And many millions of squares with an error of less than a ten thousandth."""
     torch.manual_seed(0)
-    error, labels = torch.randn(2, 2048, 4096).to(dtype), torch.randint(0, 60, (3, 500))
-    exact = sum(row.double().square().sum().item() for row in error.flatten(0, 1))
-    assert red.SquaredNorm.apply(error).item() == pytest.approx(exact, rel=1e-4)
-    q, p = error[:, :1500, :60].view(2, 3, 500, 60)
+    q, p = torch.randn(2, 3, 500, 60).to(dtype)
+    labels = torch.randint(0, 60, (3, 500))
     for temperature in (1.0, 40.0):
         expected = losses_by_hand(q, p, labels, temperature)
         flat = (one[:, :-1].flatten(0, 1) for one in (q, p))
@@ -439,7 +436,7 @@ def test_training_is_a_reference_written_out(method, optimizer):
 @pytest.mark.parametrize("wrong", ["loss", "gradient"])
 @both_optimizers
 def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(optimizer, wrong):
-    """Where the loss is not, or only a gradient; those before a run goes on count, too."""
+    """Where the loss is not, or only a gradient."""
     student, _ = make_student(teacher := make_teacher())
     bad, records, seen = {1, 2, *range(5, 16)}, [], []
     gain, config = teacher.model.norm.weight[0].item(), red.Config(steps=20, optimizer=optimizer)
@@ -463,11 +460,10 @@ def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(o
     for number, (before, after) in enumerate(itertools.pairwise(seen)):
         assert {*map(torch.equal, before, after)} == {number in bad}
     few, bad = red.Config(steps=4, optimizer=optimizer), range(4)
-    for options in (dict(config=config, done=15, failures=6), dict(config=few)):
-        seen.clear()
-        with pytest.raises(FloatingPointError):  # at the tenth, or the last of fewer steps
-            list(red.distill(teacher, student, batches(), **options))
-        assert len(seen) == 4
+    seen.clear()
+    with pytest.raises(FloatingPointError):  # at the last of fewer steps
+        list(red.distill(teacher, student, batches(), few))
+    assert len(seen) == 4
 
 
 @every_family
@@ -648,9 +644,8 @@ def test_tiny_scores_are_of_whole_lines(spoiled):
     assert tokenizer.decode(range(45)) == ALPHABET and tokenizer.eos_token == "\n"
     scores = red.tiny_scores(solver, tokenizer, count=8)
     assert scores["pairs"] == {"chosen": 0.75, "written": 0.75} and scores["chains"] == [0.75] * 5
-    written = [line.partition("=?") for line in scores["examples"]]
-    right = [f"{answer}\n" == solved(f"{prompt}=?") for prompt, _, answer in written]
-    assert right == [False, True, True, True] * 2
+    prompt, _, answer = scores["example"].partition("=?")  # the first, in which it errs
+    assert len(prompt) == 11 and f"{answer}\n" != solved(f"{prompt}=?")
     for number, (prompt, answer) in enumerate(red.TINY_PAIRS):
         four = [line.removeprefix(prompt) for line in solver.lines[4 * number : 4 * number + 4]]
         assert four[0] == answer and len({*four} & {*solver.known.values()}) == 4
@@ -698,8 +693,7 @@ def two_steps(optimizer, batches, each, rank=None, meet=None):
     student, calibration = make_student(teacher := make_teacher(dtype=torch.float64))
     config = red.Config(steps=2, learning_rate=1e-2, grad_accum=each, optimizer=optimizer)
     steps = red.distill(teacher, student, iter(batches), config, calibration.mean_squares)
-    records = [{k: v for k, v in record.items() if "second" not in k} for record in steps]
-    return records, torch.cat([p.detach().flatten() for p in student.parameters()]).tolist()
+    return list(steps), torch.cat([p.detach().flatten() for p in student.parameters()]).tolist()
 
 
 @both_optimizers
@@ -806,33 +800,33 @@ def watched(monkeypatch, name, act=lambda *_: None):
 
 
 # Documents of several files come in turns: each one's first, then each one's second.
-MIXED = {"a.jsonl": '{"text": "A", "meta": 1}', "b.txt": "B\n\nC\nc", "c.txt": "D\nE"}
+MIXED = {"a.jsonl": '{"text": "A", "meta": 1}', "b.txt": "B\n\nC\nc", "c.txt": "D\n\nE"}
 MIXED |= {"d.parquet": {"text": ["F"], "meta": [[1]]}, "e.jsonl": '{"text": "G", "meta": {}}'}
 MIXED |= {"f/g.json": '[{"text": "H", "meta": "x"}]', "readme-texts/x.txt": "I", "readmes.txt": "J"}
 SET_ASIDE = ["README.md", "LICENSE", "License.txt", "readme.txt", "f/README", "f/licence.md"]
 SET_ASIDE += [".hidden.txt", ".cache/x.csv", "f/.cache/x.txt"]
-NUMBERS = '\ufeff{"text": 12345678901234567890123}\n{"text": 2.50}\n{"text": 0}\n{"text": 1e3}'
-HALF = '{"question": null, "answer": "b"}\n{"question": "a", "answer": false}'
-ASKED = {"question": ["a", "b"], "answer": [True, None], "text": [None, 2.5]}
+NUMBERS = '\ufeff{"text": 12345678901234567890123}\n{"text": 2.5}\n{"text": 0}'
+HALF = '{"question": null, "answer": "b"}\n{"question": "a", "answer": 0}'
+ASKED = {"question": ["a", "b"], "answer": [7, None], "text": [None, 2.5]}
 UNUSED = '{"text": "a", "question": ["x"]}\n{"text": [1], "question": "b", "answer": "c"}'
 TEXTS = {  # name -> (files: content, or columns of a parquet; the texts of their documents)
     "paragraphs": ({"a.txt": "one\n  half\n\ntwo\n \t\n3"}, ["one\n  half", "two", "3"]),
-    "blank lines at both ends": ({"a.txt": "\n\none\ntwo\n\n"}, ["one", "two"]),
+    "blank lines at both ends": ({"a.txt": "\n\none\ntwo\n\n"}, ["one\ntwo"]),
     "a folder": (MIXED | dict.fromkeys(SET_ASIDE, "no"), list("ABDFGHIJ") + ["C\nc", "E"]),
     "a name like a pattern": ({"a[1].jsonl": '{"text": "one"}'}, ["one"]),
-    "an array": ({"a.json": '[{"text": "one"}, {"text": null}, {"text": 2.50}]'}, ["one", "2.50"]),
+    "an array": ({"a.json": '[{"text": "one"}, {"text": null}, {"text": 2.5}]'}, ["one", "2.5"]),
     "rows in a .json": ({"a.json": '{"text": "1"}\n{"text": " "}\n\n{"text": "2"}'}, ["1", "2"]),
-    "numbers as written": ({"a.jsonl": NUMBERS}, ["12345678901234567890123", "2.50", "0", "1e3"]),
-    "half a question": ({"a.jsonl": HALF}, ["Question: a\nAnswer: false"]),
+    "numbers": ({"a.jsonl": NUMBERS}, ["12345678901234567890123", "2.5", "0"]),
+    "half a question": ({"a.jsonl": HALF}, ["Question: a\nAnswer: 0"]),
     "fields that are not needed": ({"a.jsonl": UNUSED}, ["a", "Question: b\nAnswer: c"]),
-    "columns of a parquet": ({"a.parquet": ASKED}, ["Question: a\nAnswer: true", "2.5"]),
+    "columns of a parquet": ({"a.parquet": ASKED}, ["Question: a\nAnswer: 7", "2.5"]),
     "no rows": ({"a.parquet": {"text": []}, "b.txt": "one"}, ["one"]),
 }
 REFUSED = {  # name -> (files, what the sentence says)
     "a list": ({"a.jsonl": '{"text": "a"}\n{"text": ["a", "b"]}'}, r"row 2 of .*a\.jsonl.* list"),
     "an object": ({"a.jsonl": '{"question": "a", "answer": {"b": 1}}'}, "row 1 of .* dict"),
     "chats": ({"a.jsonl": '{"text": "a"}\n{"messages": []}'}, "row 2 of .*it has messages"),
-    "no objects": ({"a.json": '["one"]'}, "row 1 of .*lacks a `text`"),
+    "no objects": ({"a.json": '["one"]'}, "row 1 of .*no object"),
     "broken rows": ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, r"cannot read .*a\.jsonl"),
     "a broken parquet": ({"a.parquet": "PAR1 nonsense PAR1"}, r"cannot read .*a\.parquet"),
     "another kind": ({"a.txt": "one", "b.csv": "text\ntwo"}, r"cannot read .*b\.csv; --data takes"),
@@ -872,10 +866,9 @@ def test_links_are_followed_once_and_patterns_reach_any_depth(tmp_path):
     assert sorted(texts_of(folder)) == ["eC", "eE", "eG", *expected]
 
 
-@pytest.mark.parametrize("between", ["\n", "\n\n"])
-def test_a_text_file_is_streamed(tmp_path, between):
+def test_a_text_file_is_streamed(tmp_path):
     """At no time is much of it in memory."""
-    (tmp_path / "a.txt").write_text(between.join(f"document {i} " * 20 for i in range(4000)))
+    (tmp_path / "a.txt").write_text("\n\n".join(f"document {i} " * 20 for i in range(4000)))
     tracemalloc.start()
     assert sum(1 for _ in red.rows_of(tmp_path / "a.txt")) >= 4000
     most = tracemalloc.get_traced_memory()[1]
@@ -911,11 +904,11 @@ def test_the_hub_is_asked_for_what_a_name_says_and_other_columns_do_no_harm(monk
     rows = [{"question": "1", "answer": "2", "id": 3}, {"question": "4", "answer": "", "id": 5}]
     hub = Mock(side_effect=lambda *_, **__: datasets.Dataset.from_list(rows).to_iterable_dataset())
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    names = {"": (None, None, "train"), "::test": (None, None, "test")}  # @REVISION:CONFIG:SPLIT
-    for name, expected in (names | {"@v1:main:train[:500]": ("v1", "main", "train[:500]")}).items():
+    names = {"": (None, "train"), "::test": (None, "test")}  # name:CONFIG:SPLIT
+    names[":main:train[:500]"] = ("main", "train[:500]")
+    for name, (config, split) in names.items():
         assert texts_of(f"a/b{name}") == ["Question: 1\nAnswer: 2"]
-        revision, config, split = expected
-        hub.assert_called_with("a/b", config, revision=revision, split=split, streaming=True)
+        hub.assert_called_with("a/b", config, split=split, streaming=True)
 
 
 NAMES = [f"a{number:03}" + "z" * (number % 5) for number in range(130)]  # 130 documents
@@ -925,7 +918,7 @@ def source_of(kind, folder, monkeypatch):
     """These documents, in this order: in files of three kinds, or on the hub."""
     if kind == "folder":
         files = {"a.jsonl": [{"text": name} for name in NAMES[::3]]}
-        files |= {"b.txt": "\n".join(NAMES[1::3]), "c.parquet": {"text": NAMES[2::3]}}
+        files |= {"b.txt": "\n\n".join(NAMES[1::3]), "c.parquet": {"text": NAMES[2::3]}}
         return make_files(folder, files)
     options = {"data_files": make_files(folder, {"a.parquet": {"text": NAMES}}), "split": "train"}
     stream = datasets.load_dataset("parquet", **options, streaming=True)
@@ -942,12 +935,13 @@ def test_epochs_are_whole_and_go_on_from_any_place(kind, processes, block, tmp_p
     fetched, used = watched(monkeypatch, "document_of"), watched(monkeypatch, "tokens_of")
     share, epochs = (130 - aside) // processes, [[], [], [], []]  # two of each seed
     for seed, rank in itertools.product((0, 1), range(processes)):
-        monkeypatch.setattr(red, "process", lambda rank=rank: (rank, processes))
+        monkeypatch.setattr(red, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(red, "world_size", lambda: processes)
         text, batches, places = training_text(source, seed=seed), [], []
         reader = text.batches_from(None)
         used.reset_mock()
         while used.call_count < 2 * share:
-            places.append(text.place())
+            places.append(copy.deepcopy(text.place))
             batches.append(text_in([next(reader)]))
         order = [call.args[0]["answer"] for call in used.call_args_list]
         epochs[2 * seed] += order[:share]
@@ -966,7 +960,7 @@ def test_epochs_are_whole_and_go_on_from_any_place(kind, processes, block, tmp_p
     assert all(sorted(epoch) == NAMES[aside:] for epoch in epochs)
     assert len(set(map(tuple, [*epochs, NAMES[aside:]]))) == 5
     early = [len({*NAMES[4:22]} & {*epoch[:18]}) for epoch in epochs]  # of the first block
-    assert block != 40 or 4 < early[0] < 14 and 4 < early[2] < 14
+    assert (block, processes) != (40, 1) or 4 < early[0] < 14 and 4 < early[2] < 14
 
 
 def test_held_out_text_is_neither_trained_nor_calibrated_on(real):
@@ -1014,13 +1008,10 @@ def sentence(capsys):
     return said
 
 
-def test_a_run_leaves_what_it_promises(real, teacher, tmp_path, capsys, monkeypatch):
-    """Whatever one that was killed has left; and what is finished is not done again."""
+def test_a_run_leaves_what_it_promises(real, tmp_path, capsys, monkeypatch):
+    """And what is finished is not done again."""
     out, measured = tmp_path / "run", watched(monkeypatch, "evaluate")
-    make_files(out, {"settings.json.partial": "{", "summary.json.partial": "{"})
-    shutil.copy(real / "few.txt", tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    words = run_of(real, "else", "--model=~/teacher --data=~/few.txt --out=~/run")
+    words = run_of(real, out)
     assert (red.main(words), measured.call_count) == (0, 3)  # the teacher, the start and the end
     said, steps, rows = capsys.readouterr().out, records_of(out), rows_of(out)
     assert [(step["step"], step["tokens_seen"]) for step in steps] == [(0, 0), (1, 64), (2, 128)]
@@ -1046,7 +1037,7 @@ def test_a_run_leaves_what_it_promises(real, teacher, tmp_path, capsys, monkeypa
         shutil.rmtree(out / "red/checkpoints")
         assert red.main(words) == 0 and rows_of(out) == rows
     measured.reset_mock()
-    assert red.main([*words, *"--methods pca --measure-every 1 --save-every 1".split()]) == 0
+    assert red.main([*words, *"--methods pca --save-every 1".split()]) == 0
     assert measured.call_count == 3  # the start, and both steps; not the teacher again
     more, said = rows_of(out), capsys.readouterr().out
     assert more == rows | {"pca": more["pca"]} and list(more) == ["teacher", "red", "pca"]
@@ -1092,7 +1083,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(red, "tiny_teacher", functools.partial(red.tiny_teacher, steps=3))
     monkeypatch.setattr(red, "tiny_scores", functools.partial(red.tiny_scores, count=3))
     monkeypatch.setattr(red, "TINY_PAIRS", red.TINY_PAIRS[:5])
-    words = "--batch-size 2 --calibration-samples 2 --measure-every 0 --methods red --seq-len 24"
+    words = "--batch-size 2 --calibration-samples 2 --methods red --seq-len 24"
     return lambda change: red.main([*words.split(), *change.split()])
 
 
@@ -1117,7 +1108,7 @@ def test_what_identifies_a_run_is_known_and_a_change_is_named(real, teacher, tmp
     words = run_of(tmp_path, out)
     assert red.main(words) == 0
     make_files(teacher, {"x.gguf": "new", "notes.txt": "new"})
-    assert red.main([*words, *"--save-every 1 --measure-every 7".split()]) == 0
+    assert red.main([*words, *"--save-every 1".split()]) == 0
     for changed in ("few.txt", "teacher/config.json", "teacher/tokenizer_config.json"):
         path, content = tmp_path / changed, (tmp_path / changed).read_text()
         path.write_text(content + "\n")
@@ -1143,14 +1134,14 @@ def test_the_type_is_what_the_processor_is_fast_in_and_part_of_a_runs_identity(m
             assert red.choose_dtype(changed(dtype=name)) == getattr(torch, name)
         settings.append(red.settings_of(config))
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in an old torch
-    for change in (dict(save_every=1), dict(measure_every=1), dict(methods=["pca"])):
+    for change in (dict(save_every=1), dict(methods=["pca"])):
         assert red.settings_of(changed(**change)) == settings[-1]
     settings += [red.settings_of(changed(**{name: 1})) for name in ("grad_accum", "eval_problems")]
-    monkeypatch.setattr(red, "process", lambda: (0, 2))
+    monkeypatch.setattr(red, "world_size", lambda: 2)
     settings.append(red.settings_of(config))
     assert all(one != other for one, other in itertools.combinations(settings, 2))
-    monkeypatch.setattr(red, "TINY_CONFIG", real / "teacher/config.json")
-    assert sum("size of" in name for name in red.settings_of(red.Config())) == 1  # its alone
+    sizes = [name for name in red.settings_of(red.Config()) if "size of" in name]
+    assert len(sizes) == 1 and sizes[0].endswith("tiny_config.json")
 
 
 def qwen2(folder, **values):
@@ -1181,21 +1172,19 @@ def test_odd_teachers_run(real, teacher, tmp_path, name):
 
 
 def test_what_stays_behind_and_what_goes_along_with_a_student(real, teacher, tmp_path):
-    """Code that is named beside a teacher stays; several ends of a text go; all may read it."""
+    """Code that is named beside a teacher stays; several ends of a text go."""
     edit(teacher / "config.json", auto_map={"AutoConfig": "own.Own"})
     edit(teacher / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
     ends = {"eos_token_id": [44, 3], "do_sample": True, "temperature": 0.7}
     (teacher / "generation_config.json").write_text(json.dumps(ends))
-    before = os.umask(0o027)
     words = f"--model {teacher} --steps 0 --dtype bfloat16"
-    assert (main_of(real, tmp_path / "out", words), os.umask(before)) == (0, 0o027)
+    assert main_of(real, tmp_path / "out", words) == 0
     student = tmp_path / "out/red/student"
     assert "own.Own" not in "".join(path.read_text() for path in student.glob("*.json"))
     for kind in (AutoModelForCausalLM, AutoTokenizer):  # it opens where people allow such code
         kind.from_pretrained(student, trust_remote_code=True)
     assert AutoConfig.from_pretrained(student).dtype == torch.bfloat16
     assert json.loads((student / "generation_config.json").read_text()).items() >= ends.items()
-    assert {path.stat().st_mode & 0o777 for path in student.iterdir()} == {0o640}
 
 
 TIMEOUT = type("Timeout", (Exception,), {"__module__": "httpx"})  # no OSError
@@ -1204,8 +1193,8 @@ BREAKS = {  # name -> (error, at which document of two blocks or else in a step,
     "a file cut off": (pyarrow.lib.ArrowInvalid("Parquet file size is 3"), 30, "is 3.*resumes"),
     "a GPU's memory": (torch.OutOfMemoryError("CUDA out of memory"), None, "out of.*--batch-size"),
     "a CPU's memory": (RuntimeError("can't allocate memory: 9 bytes"), None, "memory.*--seq-len"),
-    "a process gone": (RuntimeError("Connection reset by peer"), None, "another process.*resumes"),
-    "a process silent": (torch.distributed.DistError("time"), None, "another process.*resumes"),
+    "a process gone": (RuntimeError("Connection reset by peer"), None, "reset by peer.*resumes"),
+    "a process silent": (torch.distributed.DistError("time"), None, "time.*resumes"),
     "a disk": (OSError(28, "No space left on device"), None, "No space left.*resumes"),
     "a mistake in red.py": (RuntimeError("mat1 and mat2 differ"), None, None),
 }
@@ -1224,7 +1213,7 @@ def test_what_breaks_a_run_off_is_one_sentence(real, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(red, "BLOCK", 20)
     measured = watched(monkeypatch, "evaluate")
-    words = run_of(real, tmp_path / "out", "--save-every 1 --steps 12 --measure-every 0")
+    words = run_of(real, tmp_path / "out", "--save-every 1 --steps 12")
     with monkeypatch.context() as patch:
         patch.setattr(red, "documents_in_turns", reading)
         if place is None:
@@ -1234,19 +1223,18 @@ def test_what_breaks_a_run_off_is_one_sentence(real, tmp_path, monkeypatch, caps
         else:  # it is shown as it is
             pytest.raises(RuntimeError, red.main, words).match("mat1")
     assert (len(records_of(tmp_path / "out")) > 2) == (place == 30)
-    assert red.main(words) == 0 and measured.call_count == (4 if place is None else 3)
+    assert red.main(words) == 0
+    widths = [call.args[0].config.hidden_size for call in measured.call_args_list]
+    assert widths.count(96) == 1  # the teacher's
     assert ("going on from" in capsys.readouterr().out) == (place == 30)
 
 
-@pytest.mark.parametrize("steps, good", [(14, 2), (3, 0)])
-def test_steps_that_are_not_finite_never_end_well(real, tmp_path, capsys, monkeypatch, steps, good):
-    """However often the same command is repeated, and though every step has its checkpoint."""
-    step, done, nan = red.training_step, itertools.count(), {"loss": torch.tensor(math.nan)}
-    mock = Mock(side_effect=lambda *v: step(*v) | (nan if next(done) >= good else {}))
-    monkeypatch.setattr(red, "training_step", mock)
-    for _ in range(3):
-        words = f"--steps {steps} --save-every 1 --measure-every 0"
-        assert main_of(real, tmp_path / "out", words) == 1
+@pytest.mark.parametrize("steps", [14, 3])
+def test_steps_that_are_not_finite_do_not_end_well(real, tmp_path, capsys, monkeypatch, steps):
+    step, nan = red.training_step, {"loss": torch.tensor(math.nan)}
+    monkeypatch.setattr(red, "training_step", lambda *v: step(*v) | nan)
+    for _ in range(2):
+        assert main_of(real, tmp_path / "out", f"--steps {steps}") == 1
         assert re.search("finite.* --learning-rate.* --out", sentence(capsys))
     assert not (tmp_path / "out/red/student").exists()
 
@@ -1283,7 +1271,7 @@ def uninterrupted(request, real, tmp_path_factory):
     folder = tmp_path_factory.mktemp("long")
     make_files(folder, {"a.txt": "\n\n".join((real / "few.txt").read_text().split()[:20])})
     words = f"--data {folder}/a.txt --methods lrc --optimizer {request.param} --grad-accum 2"
-    words = f"{words} --steps 12 --batch-size 1 --save-every 3 --measure-every 5"
+    words = f"{words} --steps 12 --batch-size 1 --save-every 3"
     words = run_of(real, folder / "whole", words)
     assert red.main(words) == 0
     return words, folder / "whole"
@@ -1324,7 +1312,7 @@ def test_broken_off_it_goes_on_to_the_same_bits(uninterrupted, tmp_path, capfd, 
     one, two = [torch.load(at / "lrc/checkpoints/step-0000012.pt") for at in (whole, out)]
     torch.testing.assert_close(one["student"], two["student"], rtol=0, atol=0)
     assert str(one["optimizers"]) == str(two["optimizers"])
-    both = [[r | {"tokens_per_second": 0} for r in records_of(at, "lrc")] for at in (whole, out)]
+    both = [records_of(at, "lrc") for at in (whole, out)]
     assert both[0] == both[1] and [record["step"] for record in both[0]] == list(range(13))
 
 
@@ -1338,7 +1326,7 @@ SIGNALS = {  # a function of red.py -> (the call at which signals come, how many
     "calibrate": (lambda *_: True, 1, False),  # not in training: the run ends at once
     "training_step": (lambda *_: True, 2, False),  # and so it does at a second one
     "learning_rate_at": (lambda step, config: step == 1, 1, True),  # in the last step
-    "save_checkpoint": (lambda folder, records, *_: len(records) == 3, 1, True),
+    "export_student": (lambda *_: True, 1, True),  # between two methods, at once
 }
 
 
@@ -1347,10 +1335,8 @@ def test_no_signal_is_lost(real, tmp_path, monkeypatch, capsys, place):
     """At the last step the run ends behind it, and the next method is not begun."""
     now, count, saved = SIGNALS[place]
     watched(monkeypatch, place, lambda *v: now(*v) and [stop_myself() for _ in range(count)] and 0)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert main_of(real, tmp_path / "out", "--methods red pca") == 130
     assert sentence(capsys) == "red.py: interrupted; the same command resumes.\n"
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     checkpoints = [path.name for path in (tmp_path / "out").rglob("step-*.pt")]
     assert checkpoints == ["step-0000002.pt"] * saved and not (tmp_path / "out/pca").exists()
 
@@ -1372,8 +1358,8 @@ def no_writing(event, values):
 
 def test_two_processes_train_stop_and_go_on_like_one(tiny, tmp_path, monkeypatch):
     """Tiny-world lines, where two processes read just what one with twice the batch reads."""
-    words = "--steps 4 --methods red --calibration-samples 4 --batch-size 2 --save-every 0"
-    words += " --measure-every 2 --learning-rate 1e-3 --seq-len 24 --out runs/"
+    words = "--steps 4 --methods red --calibration-samples 4 --batch-size 2 --save-every 2"
+    words += " --learning-rate 1e-3 --seq-len 24 --out runs/"
     assert red.main(f"{words}one --grad-accum 4".split()) == 0
 
     def join(rank):
@@ -1410,18 +1396,18 @@ WRONG += "learning-rate 0,dtype float16,eval-problems 0"
 COMMANDS = [(f"--{words}", words.split()[0]) for words in WRONG.split(",")]
 BAD = """  # words | what the sentence says; MODEL: a teacher and its text, DIR: their folder
 --optimizer sgd | 'muon'
---learning-rate -1e-3 | must be a number of at least
+--learning-rate=-1e-3 | must be from
 --data x.txt | --model
 --model '' | --model is empty
 MODEL --data DIR/data.txt DIR/short.txt | short.txt
 MODEL --seq-len 257 | 256 positions
 MODEL --eval-data DIR/link.txt | part of --data
 MODEL --data DIR/mine --eval-data DIR/mine/texts/a.txt | part of --data
-MODEL --data X/Y:main: --eval-data X/Y:main:train | part of --data
-MODEL --data X/Y@v1 --eval-data X/Y::train | part of --data
+MODEL --data X/Y:main --eval-data X/Y:main | part of --data
 MODEL --data here/set --eval-data here/set/a.txt | part of --data
 MODEL --eval-data DIR/short.txt | <<48/2=24>>
-MODEL --data DIR/short.txt | too
+MODEL --data DIR/short.txt | too little
+MODEL --data DIR/one.txt | too few
 MODEL --data DIR/binary.txt | binary.txt
 MODEL --data nobody/nothing | nobody/nothing
 MODEL --out DIR/dangling | cannot be made
@@ -1452,8 +1438,11 @@ COMMANDS += [(f"MODEL --model DIR/{name}", name) for name in BAD_TEACHERS]
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory, real):
     folder = tmp_path_factory.mktemp("parent") / "bad"
-    text = "1+2=3\n" * 199
-    make_files(folder, {"short.txt": "1\n\n2", "data.txt": text, "mine/texts/a.txt": text})
+    text = "1+2=3\n\n" * 199
+    make_files(
+        folder,
+        {"short.txt": "1\n\n2", "one.txt": "1\n2", "data.txt": text, "mine/texts/a.txt": text},
+    )
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "dangling").symlink_to(folder / "nowhere")
     (folder / "link.txt").symlink_to(folder / "data.txt")
@@ -1480,32 +1469,13 @@ def test_bad_input_gets_one_sentence(bad, words, expected, capsys, tmp_path, mon
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "here/set/a.txt"]
 
 
-def test_the_hubs_models_have_revisions_and_its_errors_a_remedy(monkeypatch, tmp_path, real):
-    for kind in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):  # at the hub, as it were
-
-        def load(name, load=kind.from_pretrained, revision=None, **options):
-            assert name != "a/b" or revision == "v1"
-            return load(f"{real}/teacher", **options)
-
-        monkeypatch.setattr(kind, "from_pretrained", load)
-    assert red.load_teacher("a/b@v1")[0].config.hidden_size == 96
-    (cache := tmp_path / "models--a--b").mkdir()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for error, expected in (("a gated repo.\nAsk", "hf auth login"), ("incomplete", str(cache))):
-        monkeypatch.setattr(AutoConfig, "from_pretrained", Mock(side_effect=OSError(error)))
-        with pytest.raises(red.UserError, match=expected):
-            red.load_teacher("a/b")
-
-
 def test_the_program_itself_ends_without_a_traceback(real, tmp_path):
-    """After a mistake; and where stdout is closed, as in some schedulers. It speaks at once."""
-    line = shlex.join([sys.executable, f"{HERE}/red.py", *run_of(real, tmp_path / "out")])
-    options = {"stderr": subprocess.PIPE, "text": True}
-    ended = subprocess.run(["sh", "-c", f"OMP_NUM_THREADS=1 exec {line} >&-"], **options)
+    """Well, or after a mistake. It speaks at once."""
+    ended = program(HERE / "red.py", *run_of(real, tmp_path / "out"), folder=tmp_path)
     assert ended.returncode == 0 and (tmp_path / "out/summary.json").is_file()
     assert "Traceback" not in ended.stderr and "\r" not in ended.stderr, ended.stderr
     ended = program(HERE / "red.py", "--ratio", "7", folder=tmp_path)
-    told = "red.py: --ratio must lie in (0, 1], got 7.0.\n"
+    told = "red.py: --ratio must be from 1e-09 to 1.\n"
     assert (ended.returncode, ended.stderr) == (2, told)
     make_files(tmp_path, {"torch.py": "raise SystemExit(7)"})  # what takes long to import
     shutil.copy(HERE / "red.py", tmp_path)
@@ -1540,7 +1510,7 @@ def test_the_tiny_world_and_real_text_have_their_own_defaults(real):
         apart = ["--model", "x", "--data", "X/Y:main", "--eval-data", problems]
         assert red.parse_arguments(apart).eval_data == problems
     data = f"{real}/data.txt".replace("/", "-")
-    out = f"runs/teacher-data-{data}-optimizer-muon-seed-4-steps-3"
+    out = f"runs/teacher-data-{data}-steps-3-optimizer-muon-seed-4"
     assert (local.out, local.eval_data) == (out, None)
 
 
