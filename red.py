@@ -42,6 +42,7 @@ if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
 
 import huggingface_hub
 import pyarrow.parquet
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -50,7 +51,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ==== Settings ================================================================================
-# Every choice of a run is one field of one dataclass, with its help text.
+# Every choice of a run is one field of one dataclass, with its help text. The defaults suit a small
+# machine; the paper has sequences of 2,048 tokens, 49,152 tokens a step, and 1e-4 [differs].
 METHODS = {  # by where the projections start
     "red": "the most active channels, the same for all matrices: the paper's method",
     "random-selection": "random channels for all matrices [new]",
@@ -87,10 +89,10 @@ class Config:
     optimizer: str = setting("adam", "adam, or muon [new]", choices=("adam", "muon"))
     learning_rate: float | None = setting(None, f"its peak; unset: {LEARNING_RATES}")
     temperature: float = setting(1.0, "softens both distributions in KL")
-    alpha: float = setting(0.2, "weight of the alignment loss")
+    alpha: float = setting(0.2, "weight of the alignment loss, LRC's")
     dtype: str = setting("auto", "of the teacher", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random")
-    eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if nothing is local")
+    eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if all is the hub's")
     eval_problems: int = setting(200, "how many problems to measure")
     out: str | None = setting(None, "results folder; unset: in runs/, named by settings")
     save_every: int = setting(250, "steps between measured checkpoints; 0: at the end")
@@ -111,7 +113,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")  # those o
 NORM_BEFORE = {"self_attn": NORMS[0], "mlp": NORMS[1]}
 
 
-def modules_of(model: nn.Module, kinds: tuple) -> list[str]:
+def modules_of(model: nn.Module, kinds: tuple[str, ...]) -> list[str]:
     """Names of all modules of the given kinds, in order; for NORMS these are 2L + 1."""
     return [name for name, _ in model.named_modules() if name.endswith(kinds)]
 
@@ -133,9 +135,9 @@ def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_inside(model: nn.Module, ids: Tensor, names: Iterable[str]) -> tuple[Tensor, dict]:
-    """Run a model: its last hidden states, and name -> (input, output) of the named modules."""
+    """Run a model: its last hidden states, and what each named norm takes in or other puts out."""
     seen = {}
-    with watch(model, names, lambda name, _, inputs, out: seen.update({name: (inputs[0], out)})):
+    with watch(model, names, lambda n, _, x, y: seen.update({n: x[0] if n.endswith(NORMS) else y})):
         hidden = last_hidden(model, ids)
     return hidden, seen
 
@@ -162,11 +164,11 @@ def selection_matrix(channels: Tensor, teacher_width: int) -> Tensor:
 
 @dataclasses.dataclass
 class Calibration:
-    """What the teacher shows on a few sequences (§5). The first is the paper's, two are ours."""
+    """What the teacher shows on a few sequences (§5). The first is the paper's, two are [new]."""
 
     importance: Tensor  # (d_t,), by Eqs. 9-10
-    energy: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens u, each of norm 1
-    mean_squares: dict[str, float]  # aligned module -> mean square of what it puts out
+    moments: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens u, each of norm 1
+    mean_squares: dict[str, float]  # aligned module -> mean square of what it puts out, before P
 
 
 def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
@@ -175,31 +177,28 @@ def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
     # What these norms take in is the stream after the embedding and after each block [reading].
     layers = modules_of(teacher, ("input_layernorm", "model.norm"))
     means, count = {name: [] for name in layers}, 0
-    energy, squares = dict.fromkeys(norms, 0.0), dict.fromkeys(aligned, 0.0)
+    moments, squares = dict.fromkeys(norms, 0.0), dict.fromkeys(aligned, 0.0)
     for batch in batches:
         count += 1
         _, seen = look_inside(teacher, batch["input_ids"], norms + aligned)
         for name in layers:  # the paper's statistic, Eq. 9
-            stream, _ = seen[name]  # (batch, tokens, d_t)
-            means[name].append(stream.float().abs().mean(1))
+            means[name].append(seen[name].float().abs().mean(1))  # (batch, d_t)
         for name in norms:  # ours, for `pca` and for the gains at the start
-            stream, _ = seen[name]
-            unit = F.normalize(stream.float().flatten(0, 1), dim=-1)  # (tokens, d_t)
-            energy[name] = energy[name] + unit.T @ unit / len(unit)
+            unit = F.normalize(seen[name].float().flatten(0, 1), dim=-1)  # (tokens, d_t)
+            moments[name] = moments[name] + unit.T @ unit / len(unit)
         for name in aligned:  # ours, to weigh the alignment by
-            _, output = seen[name]
-            squares[name] += output.float().square().mean().item()
+            squares[name] += seen[name].float().square().mean().item()
 
     importance = channel_importance(torch.stack([torch.cat(parts) for parts in means.values()]))
     if not torch.isfinite(importance).all():
         raise FloatingPointError("the teacher's activations are not finite")
-    energy = {name: total / count for name, total in energy.items()}
+    moments = {name: total / count for name, total in moments.items()}
     mean_squares = {name: max(total / count, 1e-12) for name, total in squares.items()}
-    return Calibration(importance, energy, mean_squares)
+    return Calibration(importance, moments, mean_squares)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
-# The student is an ordinary, narrower model. Each of its weights is a frozen weight of the teacher,
+# The student is an ordinary, narrower model. Each of its matrices is a frozen one of the teacher's,
 # seen through a projection P, (d_t, d_s), of its own. Only the projections and the gains of the
 # norms learn. After training P is multiplied in and gone.
 #     reads the stream     q k v gate up, embedding, head    W_s = W_t @ P      (out, d_s)
@@ -208,7 +207,7 @@ def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
 
 
 class ProjectedStudent:
-    """A student whose every weight is a function of the frozen teacher's (§3, App. C).
+    """A student whose matrices are the frozen teacher's, seen through projections (§3, App. C).
 
     teacher       a causal language model, d_t wide; never changed
     model         the same, d_s wide: the student, an ordinary model, whose weights are made here
@@ -216,9 +215,9 @@ class ProjectedStudent:
     gains         norm name -> (d_s,), where the gains start
     fold_gains    True: the readers have the teacher's gains in them, W @ diag(gain) @ P"""
 
-    def __init__(self, teacher, model, projections, gains, fold_gains=False):
+    def __init__(self, teacher: nn.Module, model, projections: dict, gains: dict, fold_gains=False):
         self.teacher, self.model, self.fold_gains = teacher, model, fold_gains
-        # Both are kept in float32, where small steps add up, and rounded to the teacher's dtype.
+        # What learns is kept in float32, where small steps add up; a merge rounds it.
         precise = torch.promote_types(teacher.dtype, torch.float32)
         options = {"device": teacher.device, "dtype": precise, "copy": True}
         options["memory_format"] = torch.contiguous_format
@@ -244,7 +243,7 @@ class ProjectedStudent:
         projection = self.projections[module]
         if module.endswith(WRITERS):  # their biases, too, are in the stream [reading]
             return projection.to(weight.dtype).T @ weight  # (d_s, in)
-        if name.endswith("bias"):  # of q, k, v, gate or up: in head or FFN space
+        if name.endswith("bias"):  # of q, k, v, gate, up: in head or FFN space [reading]
             return weight.clone()
         if self.fold_gains and module != "model.embed_tokens":  # which follows no norm
             norm = "model.norm"
@@ -260,30 +259,33 @@ class ProjectedStudent:
         return {name: self.project(name) for name, _ in self.model.named_parameters()}
 
     def merge(self):
-        """Compute the model's weights; autograd stops at them until `carry_back` goes on."""
+        """Set the model's weights, detached; `self.merged` keeps their graph for `carry_back`."""
         self.merged = self.weights()
         for name, parameter in self.model.named_parameters():
             parameter.data = self.merged[name].detach()
 
     def carry_back(self):
-        """From the gradients of the model's weights to those of the projections and gains."""
+        """Move the gradients of the model's weights on to the projections and gains."""
         learned = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         torch.autograd.backward([self.merged[name] for name in learned], list(learned.values()))
         self.model.zero_grad()
-        self.merged = None  # its memory is needed elsewhere
+        self.merged = None  # frees the graph
 
 
 def choose_width(ratio: float, teacher_config) -> int:
-    """The multiple of the teacher's heads that is nearest to a share of its width."""
-    unit = teacher_config.num_attention_heads
+    """The student's width: the multiple of the heads that is nearest to ratio * d_t."""
+    unit = teacher_config.num_attention_heads  # a Llama's config refuses any other width
     nearest = math.floor(ratio * teacher_config.hidden_size / unit + 0.5)
     return unit * max(1, min(nearest, teacher_config.hidden_size // unit))
 
 
 def student_config(teacher_config, student_width: int, untie: bool = False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    left = ("quantization_config", "auto_map")  # not true of the student; code that stays behind
-    values = {key: value for key, value in teacher_config.to_dict().items() if key not in left}
+    left_out = (
+        "quantization_config",
+        "auto_map",
+    )  # untrue of a student
+    values = {k: v for k, v in teacher_config.to_dict().items() if k not in left_out}
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     tied = values["tie_word_embeddings"] and not untie
@@ -291,11 +293,11 @@ def student_config(teacher_config, student_width: int, untie: bool = False):
     return type(teacher_config)(**values)
 
 
-def narrow_model(teacher: nn.Module, config) -> nn.Module:
+def narrow_model(teacher: nn.Module, narrow_config) -> nn.Module:
     """A model of this config beside the teacher, whose weights are still to be made."""
     options = {"dtype": teacher.dtype, "attn_implementation": teacher.config._attn_implementation}
     with torch.device("meta"):  # no memory, and no random numbers
-        model = transformers.AutoModelForCausalLM.from_config(config, **options)
+        model = transformers.AutoModelForCausalLM.from_config(narrow_config, **options)
     model.to_empty(device=teacher.device).eval().tie_weights()
     # Rotary tables are in head space, the same in both, and in no checkpoint.
     model.model.rotary_emb = copy.deepcopy(teacher.model.rotary_emb)
@@ -315,32 +317,31 @@ def initial_projection(
     if method == "random-selection":
         shuffled = torch.randperm(teacher_width, generator=generator)
         return selection_matrix(shuffled[:student_width].sort().values, teacher_width)
-    if method == "pca":  # the directions in which most of the stream lies, at all norms alike
-        energy = sum(calibration.energy.values()).double()  # (d_t, d_t)
-        leading_first = torch.linalg.eigh(energy).eigenvectors.flip(1)
+    if method == "pca":  # the leading eigenvectors of the stream's second moment, all norms equal
+        moment = sum(calibration.moments.values()).double()  # (d_t, d_t)
+        leading_first = torch.linalg.eigh(moment).eigenvectors.flip(1)
         return leading_first[:, :student_width].float().cpu()
     gaussian = torch.randn(teacher_width, student_width, generator=generator)
     if method == "lrc":
-        # LRC's 0.02 suits teachers 3,072 wide; narrower ones need more to keep its size [differs].
+        # At LRC's width, 3,072, P.T @ P has 1.2 on its diagonal; this keeps that at any [differs].
         return 0.02 * (3072 / teacher_width) ** 0.5 * gaussian
     q, r = torch.linalg.qr(gaussian.double())
     return (q * r.diagonal().sign()).float()  # uniform over all orthonormal bases
 
 
 def initial_gains(teacher: nn.Module, basis: Tensor, calibration: Calibration, fold: bool) -> dict:
-    """Where the gains start if all projections start as `basis`: norm -> (d_s,) [differs].
+    """Where the gains start if all P start as `basis`: norm -> (d_s,) [differs; LRC's are 1].
 
     The student's norm divides by the RMS of d_s kept numbers, and the teacher's by that of all d_t.
-    So the teacher's gain (1, where folded) is scaled by their ratio, sqrt(share * d_t / d_s)."""
+    So the teacher's gain (1, where folded) is scaled by their ratio, sqrt(share * d_t / d_s), where
+    share is the part of a token's squared norm that the basis keeps, averaged over tokens."""
     teacher_width, student_width = basis.shape
     gains = {}
-    for norm, energy in calibration.energy.items():  # (d_t, d_t)
-        gain = teacher.get_submodule(norm).weight.detach().float().cpu() @ basis  # (d_s,)
-        if fold:
-            gain = torch.ones(student_width)
-        energy = energy.cpu()
-        kept = (energy @ basis * basis).sum()  # the trace of basis.T @ energy @ basis
-        share = (kept + 1e-12) / (energy.trace() + 1e-12)
+    for norm, moment in calibration.moments.items():  # (d_t, d_t)
+        gain = torch.ones(student_width)
+        if not fold:  # of a selection: its channels' gains
+            gain = teacher.get_submodule(norm).weight.detach().float().cpu() @ basis
+        share = (moment.cpu() @ basis * basis).sum().clamp_min(1e-12)  # tr(basis.T moment basis)
         gains[norm] = gain * (share * teacher_width / student_width).sqrt()
     return gains
 
@@ -381,14 +382,14 @@ def kl_and_cross_entropy(
     """KL(teacher || student) and next-token cross-entropy: sums over tokens, in nats (App. B).
 
     logits: (tokens, vocabulary); targets: (tokens,). KL is of distributions softened by the
-    temperature T. Softening divides its gradient by about T^2, so T^2 gives it back its weight
-    [differs: LRC has no such factor, and RED trains at T = 1]."""
+    temperature T, and times T^2: softening divides its gradient by about T^2, which gives it back
+    its weight [reading: LRC has no such factor, and at RED's T = 1 it is 1]."""
     precise = torch.promote_types(student_logits.dtype, torch.float32)
     log_q = torch.log_softmax(student_logits, -1, dtype=precise)  # (tokens, vocabulary)
     cross_entropy = F.nll_loss(log_q, targets, reduction="sum")
     if temperature != 1:
         log_q = torch.log_softmax(log_q / temperature, -1)
-        teacher_logits = teacher_logits / temperature
+        teacher_logits = teacher_logits.to(precise) / temperature
     log_p = torch.log_softmax(teacher_logits, -1, dtype=precise)
     kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).sum()  # sum of p (log p - log q)
     return temperature**2 * kl, cross_entropy
@@ -400,7 +401,7 @@ def reference_step(
     """The loss of one batch, a scalar, and its gradients, as the formulas read (§3, App. B).
 
     The gradients are left in the student's projections and gains. mean_squares: as in Calibration;
-    ones give LRC's alignment. `training_step` computes the same, only faster."""
+    ones give LRC's alignment. `training_step` computes the same faster, its losses in float32."""
     names, ids, temperature = modules_of(teacher, ALIGNED), batch["input_ids"], config.temperature
     teacher_hidden, teacher_seen = look_inside(teacher, ids, names)
     weights, seen = student.weights(), {}  # W_t @ P and P.T @ W_t
@@ -408,17 +409,17 @@ def reference_step(
         output = torch.func.functional_call(student.model, weights, ids.to(teacher.device))
     alignment = 0.0
     for name in names:
-        target = teacher_seen[name][1]  # (batch, tokens, n)
-        if name.endswith(WRITERS):  # in the student's stream, through a P that learns here, too
+        target = teacher_seen[name]  # (batch, tokens, n)
+        if name.endswith(WRITERS):  # through P, which learns, too [reading]
             target = target @ student.projections[name].to(target.dtype)
         alignment = alignment + F.mse_loss(seen[name], target) / mean_squares[name]
 
     labelled = batch["labels"][:, 1:] != -100
-    q = output.logits[:, :-1][labelled]  # (labels, vocabulary), before the softmax
-    p = teacher.lm_head(teacher_hidden)[:, :-1][labelled]
-    log_q, log_p = [F.log_softmax(logits / temperature, -1) for logits in (q, p)]
+    q_logits = output.logits[:, :-1][labelled]  # (labels, vocabulary)
+    p_logits = teacher.lm_head(teacher_hidden)[:, :-1][labelled]
+    log_q, log_p = [F.log_softmax(logits / temperature, -1) for logits in (q_logits, p_logits)]
     kl = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    cross_entropy = F.cross_entropy(q, batch["labels"][:, 1:][labelled].to(q.device))
+    cross_entropy = F.cross_entropy(q_logits, batch["labels"][:, 1:][labelled].to(teacher.device))
     loss = kl + cross_entropy + config.alpha * alignment
     loss.backward()
     return loss.detach()
@@ -427,11 +428,11 @@ def reference_step(
 # ==== The fast step, and the loop (App. F.1) ==================================================
 # Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes what
 # `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not 20),
-# and makes logits for a few tokens at a time (2.5 GiB, not 4.3; SmolLM2, 2 x 512 tokens, one thread
-# of a CPU). Its backward pass has two stages, because merged weights are leaves:
+# and makes logits for a few tokens at a time (2.7 GiB, not 4.3; SmolLM2, 2 x 512 tokens, one thread
+# of a CPU). Its backward pass has two stages, because the model's weights are cut off from P:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
-# `config` is a Config or has its fields. N processes take one process's step on all their batches.
+# `config` is a Config or has its fields. N processes together take one step on all their batches.
 # To copy it: torch, F, nn, Tensor, Iterator, math, LEARNING_RATES, the sections above, Faster.
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
 
@@ -443,20 +444,20 @@ def student_forward(
 
     teacher_seen: by `look_inside`, emptied as it is used. Alignment is a sum over modules of mean
     squared errors, each divided by the mean square of what the teacher's module puts out, before P
-    [differs; LRC divides by nothing: None]."""
+    [differs; None: plain, as LRC's; the paper's divides by tokens and not by features]."""
     errors, factors = [], []
 
     def compare(name, module, inputs, output):
-        target = teacher_seen.pop(name)[1]  # (batch, tokens, n), or d_t where it is projected
-        if name.endswith(WRITERS):  # P learns here, too
+        target = teacher_seen.pop(name)  # (batch, tokens, n), or d_t where it is projected
+        if name.endswith(WRITERS):
             target = target @ student.projections[name].to(target.dtype)
         errors.append(F.mse_loss(output, target))
         factors.append(1 / mean_squares[name] if mean_squares else 1.0)
 
     with watch(student.model, modules_of(student.model, ALIGNED), compare):
         hidden = last_hidden(student.model, ids)  # (batch, tokens, d_s)
-    errors = torch.stack(errors).float()  # (modules,)
-    return hidden, errors @ errors.new_tensor(factors)
+    factors = torch.tensor(factors, device=hidden.device)  # float32
+    return hidden, (torch.stack(errors) * factors).sum()
 
 
 def loss_and_gradients(
@@ -514,9 +515,9 @@ def training_step(
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: no GPU is waited for
         teacher_hidden, seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
         hidden, alignment = student_forward(student, ids, seen, mean_squares)
-        inputs = (hidden, head, teacher_hidden, teacher_head, labels)
-        losses, gradient = loss_and_gradients(*inputs, config.temperature)
-        # Backward from hidden and from the alignment, as a sum over labels (divided at the end).
+        outputs = (hidden, head, teacher_hidden, teacher_head)
+        losses, gradient = loss_and_gradients(*outputs, labels, config.temperature)
+        # head.grad is complete. The alignment, a mean over tokens, weighs like sums over labels.
         ends = [hidden, config.alpha * count * alignment]
         torch.autograd.backward(ends, [gradient, None])
         sums += torch.cat([losses, count * alignment.detach()[None]])
@@ -527,11 +528,11 @@ def training_step(
     gradients = [parameter.grad for parameter in student.parameters()]
     counts = torch.tensor([label_count, tokens], device=head.device)
     add_over_processes([*gradients, sums, counts])
-    label_count, tokens = counts.clamp_min(1)
-    torch._foreach_div_(gradients, label_count)
-    kl, cross_entropy, alignment = sums / label_count
-    terms = {"kl": kl, "cross_entropy": cross_entropy, "alignment": alignment, "tokens": tokens}
-    return {"loss": kl + cross_entropy + config.alpha * alignment} | terms
+    all_labels, all_tokens = counts.clamp_min(1)
+    torch._foreach_div_(gradients, all_labels)
+    kl, cross_entropy, distance = sums / all_labels
+    terms = {"kl": kl, "cross_entropy": cross_entropy, "alignment": distance, "tokens": all_tokens}
+    return {"loss": kl + cross_entropy + config.alpha * distance} | terms
 
 
 def learning_rate_at(step: int, config: "Config") -> float:
@@ -552,8 +553,8 @@ def distill(
 ) -> Iterator[dict]:
     """Train the student in place (App. F.1). A generator: each iteration is one step, a dict.
 
-    Steps that are not finite change nothing; ten in a row raise FloatingPointError. A run can go on
-    after `done` steps. Within the loop call student.merge() before you use student.model."""
+    A step that is not finite changes nothing; ten in a row raise FloatingPointError. done: steps
+    already taken. In the loop, call student.merge() before you use student.model."""
     optimizers = optimizers or make_optimizers(student, config)
     failures = 0
     for step in range(done, config.steps):
@@ -569,7 +570,7 @@ def distill(
         failures = 0 if finite else failures + 1
         if failures == min(10, config.steps):
             raise FloatingPointError(f"{failures} steps in a row are not finite")
-        record = {k: float(v) if math.isfinite(v) else None for k, v in record.items()}
+        record = {k: float(v) if math.isfinite(v) else None for k, v in record.items()}  # for JSON
         yield record | {"step": step + 1, "skipped": not finite}
     with torch.no_grad():
         student.merge()
@@ -587,7 +588,7 @@ def effective_rank(hidden: Tensor) -> float:
 
     hidden: (..., d), all leading dimensions are tokens: centred, then each scaled to norm 1. From 1
     to min(tokens - 1, d), or 0.0 where tokens are equal up to the rounding of hidden's type. Roy
-    and Vetterli's own takes singular values, uncentred, and is larger. ValueError: not finite."""
+    and Vetterli's own takes singular values, uncentred: another scale. ValueError: not finite."""
     tokens = hidden.detach().reshape(-1, hidden.shape[-1]).double()  # (tokens, d)
     if not torch.isfinite(tokens).all():
         raise ValueError("effective_rank needs finite values")
@@ -608,12 +609,13 @@ def evaluate(model: nn.Module, batches: Iterable[dict], tokens: int = 4096) -> d
     """Held-out `loss` in nats per label; `erank` after each block, of the first `tokens` tokens.
     FloatingPointError: the loss is not finite. ValueError: there is no label (§4, §6)."""
     streams = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
-    losses, looked_at = [], 0
+    losses = []
+    looked_at = 0
     for batch in batches:
         names = streams if looked_at < tokens else []
         hidden, seen = look_inside(model, batch["input_ids"], names)
         looked_at += batch["labels"].numel()
-        for name, (_, stream) in seen.items():
+        for name, stream in seen.items():
             streams[name].append(stream.flatten(0, 1))
         labelled = batch["labels"][:, 1:] != -100
         targets = batch["labels"][:, 1:][labelled].to(hidden.device)
@@ -644,7 +646,8 @@ def encode_answer(prompt: str, answer: str, tokenizer) -> dict:
 
 @torch.no_grad()
 def result_scores(model: nn.Module, groups: Iterable[list[dict]]) -> dict:
-    """Shares right of the `results` in groups of problems, and of their `other_tokens` [new]."""
+    """Shares of `results` and `other_tokens` in groups of encoded answers that the model would
+    write, given all the true text before them [new]."""
     results, others = [], []
     for group in groups:
         # Padded on the right, where a causal model does not look: no mask is needed.
@@ -661,7 +664,7 @@ def result_scores(model: nn.Module, groups: Iterable[list[dict]]) -> dict:
     return {"results": fmean(results), "other_tokens": fmean(others)}
 
 
-def measure_model(model: nn.Module, task, finished: bool = False) -> dict:
+def measure_model(model: nn.Module, task: "Task", finished: bool = False) -> dict:
     """All that is measured on a model; finished: the tiny world's questions, too (§4, §6)."""
     result = evaluate(model, progress(task.held_out, "measuring"))
     if task.problems:
@@ -671,7 +674,7 @@ def measure_model(model: nn.Module, task, finished: bool = False) -> dict:
     return result | {"parameters": model.num_parameters()}
 
 
-# ==== The tiny world ==========================================================================
+# ==== The tiny world [new] ====================================================================
 # A teacher in half a minute, with the paper's contrast in it: arithmetic modulo 10 that needs a
 # chain of operations (reasoning), `7+5-3=?7+5=2;2-3=9#9`, and 24 fixed pairs that need none
 # (knowledge), `abcd:wxyz`. Characters are tokens, and only answers are labels.
@@ -680,12 +683,13 @@ TINY_CONFIG = Path(__file__).with_name("tiny_config.json")
 TINY_ALPHABET = "0123456789+-*=?;#:abcdefghijklmnopqrstuvwxyz\n"
 TINY_WORDS = ["".join(random.Random(i).choices(TINY_ALPHABET[18:44], k=4)) for i in range(48)]
 TINY_PAIRS = [(f"{a}:", f"{b}\n") for a, b in zip(TINY_WORDS[::2], TINY_WORDS[1::2])]
-TINY_LENGTHS = (1, 2, 3, 3, 4, 4, 5, 5)  # long ones are cut off by the end of a row more often
+TINY_LENGTHS = (1, 2, 3, 3, 4, 4, 5, 5)  # the end of a row cuts long ones off more often
 
 
 def random_chain(length: int, generator: random.Random) -> tuple[str, str]:
     """A chain of so many operations as (prompt, answer): `7+5-3=?` and `7+5=2;2-3=9#9`."""
-    value, results = generator.randrange(10), []
+    value = generator.randrange(10)
+    results = []
     prompt = str(value)
     for _ in range(length):
         sign, operand = generator.choice("+-*"), generator.randrange(10)
@@ -715,18 +719,17 @@ def tiny_batches(batch_size: int, seq_len: int, seed) -> Iterator[dict]:
 
 def tiny_tokenizer():
     """The tiny world's characters as an ordinary transformers tokenizer, which saves and loads."""
-    from tokenizers import Tokenizer, decoders, models
-
     vocabulary = {character: i for i, character in enumerate(TINY_ALPHABET)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))  # so that tokens are characters
-    tokenizer.decoder = decoders.Fuse()
+    model = tokenizers.models.BPE(vocabulary, merges=[])  # without merges, characters are tokens
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = tokenizers.decoders.Fuse()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\n")
 
 
-def tiny_teacher(config, seed: int, steps: int = 2000) -> nn.Module:
-    """Train the tiny world's teacher, of a transformers config: a frozen model."""
+def tiny_teacher(model_config, seed: int, steps: int = 2000) -> nn.Module:
+    """Train the tiny world's teacher, of a transformers config. Returns it frozen."""
     torch.manual_seed(seed)
-    teacher = AutoModelForCausalLM.from_config(config).float()
+    teacher = AutoModelForCausalLM.from_config(model_config).float()
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3, fused=True)
     options = {"total_steps": steps, "pct_start": 0.1, "cycle_momentum": False}
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, **options)
@@ -747,8 +750,8 @@ def tiny_teacher_folder(config: Config) -> str:
     folder = Path(config.out).parent / name
     if rank() == 0 and not (folder / "tokenizer_config.json").is_file():
         with as_user_error(f"{TINY_CONFIG.name} makes no teacher in {folder} ({{}})."):
-            teacher_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
-            tiny_teacher(teacher_config, config.seed).save_pretrained(folder)
+            model_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
+            tiny_teacher(model_config, config.seed).save_pretrained(folder)
             tiny_tokenizer().save_pretrained(folder)  # last, so that what is there is whole
     barrier()
     return str(folder)
@@ -761,8 +764,8 @@ def share_chosen(model: nn.Module, tokenizer) -> float:
     for i, (prompt, _) in enumerate(TINY_PAIRS):  # its own answer, then those of three others
         lines += [prompt + TINY_PAIRS[i - k][1] for k in range(4)]
     ids = torch.tensor(tokenizer(lines)["input_ids"], device=model.device)
-    logits = model(ids).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+    logits = model(ids).logits[:, :-1].float().mT
+    losses = F.cross_entropy(logits, ids[:, 1:], reduction="none")
     answers = losses[:, -len(TINY_PAIRS[0][1]) :].sum(1).view(-1, 4)
     return fmean((answers[:, 0] < answers[:, 1:].amin(1)).tolist())
 
@@ -770,7 +773,8 @@ def share_chosen(model: nn.Module, tokenizer) -> float:
 @torch.no_grad()
 def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
     """Shares of `pairs` chosen and written, and of `chains` written, by length (§6)."""
-    generator, written = random.Random(12345), []  # for every model the same
+    generator = random.Random(12345)  # for every model the same
+    written = []
     groups = [[random_chain(n, generator) for _ in range(count)] for n in (1, 2, 3, 4, 5)]
     options = dict.fromkeys(("eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
     for lines in progress([TINY_PAIRS, *groups], "measuring"):
@@ -782,7 +786,7 @@ def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
         # Only a whole correct line counts, not its last digit alone.
         written.append(fmean(a.strip() == truth.strip() for a, truth in zip(answers, truths)))
     pairs = {"chosen": share_chosen(model, tokenizer), "written": written[0]}
-    example = prompts[0] + answers[0].strip()  # one of the longest
+    example = prompts[0] + answers[0].strip()  # a chain of five
     return {"pairs": pairs, "chains": written[1:], "example": example}
 
 
@@ -841,7 +845,7 @@ def fuse_norms(model: nn.Module):
             module.forward = types.MethodType(fused, module)
 
 
-def make_optimizers(student: ProjectedStudent, config) -> list[torch.optim.Optimizer]:
+def make_optimizers(student: ProjectedStudent, config: "Config") -> list[torch.optim.Optimizer]:
     """Adam, the paper's (App. F.1); or Muon (Jordan et al., 2024) for the projections: it steps
     along the orthogonal matrix nearest to the momentum, so in all directions alike."""
     if config.optimizer == "adam":
@@ -856,7 +860,7 @@ def make_optimizers(student: ProjectedStudent, config) -> list[torch.optim.Optim
 # Text is streamed. Its first documents are held out, and the place in it can be saved.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-NO_TEXT = re.compile(r"\..*|(readme|licen[cs]e)(\..*)?", re.IGNORECASE)  # names of files
+NO_TEXT = re.compile(r"\..*|(readme|licen[cs]e)(\..*)?", re.IGNORECASE)  # files' names
 BLOCK = 2000  # documents that are shuffled together
 
 
@@ -877,23 +881,23 @@ def choose_dtype(config: Config) -> torch.dtype:
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    able = torch.cuda.is_available() or capabilities.get("amx_bf16")
+    able = torch.cuda.is_bf16_supported(False) or capabilities.get("amx_bf16")
     return torch.bfloat16 if config.model and able else torch.float32
 
 
 def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> tuple:
     """A frozen teacher and its tokenizer, of a folder or a name on the hub (§3)."""
     with as_user_error(f"cannot load {name} ({{}}); is a file missing, or sentencepiece?"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        kind = config.model_type
+        model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        kind = model_config.model_type
         require(kind in FAMILIES, f"{name} is {kind}; supported: {', '.join(FAMILIES)}.")
-        require(not hasattr(config, "quantization_config"), f"{name} is quantised.")
+        require(not hasattr(model_config, "quantization_config"), f"{name} is quantised.")
         # A checkpoint's config can change what its forward pass returns.
-        config.return_dict, config.output_attentions = True, False
+        model_config.return_dict, model_config.output_attentions = True, False
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         teacher, loading = AutoModelForCausalLM.from_pretrained(
             name,
-            config=config,
+            config=model_config,
             dtype=dtype,
             attn_implementation="sdpa",
             trust_remote_code=False,
@@ -918,10 +922,10 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
     announce("exporting", str(folder))
     model, weights = student.model, student.model.state_dict()
     model.generation_config = task.teacher.generation_config
-    # Others compute a Qwen2's head size from its width: save it as a Llama with biases [differs].
+    # Other programs derive a Qwen2's head size from its width: save a Llama with biases [differs].
     windows = "sliding_attention" in getattr(model.config, "layer_types", [])
     as_llama = model.config.model_type == "qwen2" and not windows
-    with as_user_error(f"cannot write {folder} ({{}}); the same command goes on."):
+    with as_user_error(f"cannot write {folder} ({{}}); the same command resumes."):
         if as_llama:
             for name in modules_of(model, ("o_proj",)):
                 weights[f"{name}.bias"] = torch.zeros_like(weights[f"{name}.weight"][:, 0])
@@ -935,18 +939,17 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
 
 def adapt_to_others(folder: Path, as_llama: bool):
     """Edit a checkpoint's files for transformers 4, MLX, llama.cpp and vLLM."""
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
+    values = json.loads((folder / "config.json").read_text("utf-8"))
+    rope = values["rope_parameters"]
+    values["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
-        config["rope_scaling"] = rope
+        values["rope_scaling"] = rope
     if as_llama:
-        config["model_type"] = "llama"
-        config["architectures"] = ["LlamaForCausalLM"]
-        config["attention_bias"] = True
-        config["mlp_bias"] = False
-    write(folder / "config.json", config)
-
+        values["model_type"] = "llama"
+        values["architectures"] = ["LlamaForCausalLM"]
+        values["attention_bias"] = True
+        values["mlp_bias"] = False
+    write(folder / "config.json", values)
     text = (folder / "tokenizer_config.json").read_text("utf-8")
     text = text.replace("TokenizersBackend", "PreTrainedTokenizerFast")
     text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
@@ -956,8 +959,9 @@ def adapt_to_others(folder: Path, as_llama: bool):
 
 
 def files_of(source: str | None) -> list[Path]:
-    """The files that a name stands for: itself, a folder's, or a pattern's; none: of the hub."""
-    source, visited = source or "", set()
+    """The files that `source` names: a file, a folder's, a pattern's. None of them: try the hub."""
+    source = source or ""
+    visited = set()
     if os.path.isfile(source):
         return [Path(source)]
     names = [] if os.path.isdir(source) else glob.glob(source, recursive=True)
@@ -993,7 +997,7 @@ def rows_of(path: Path) -> Iterator[dict]:
 
 
 def document_of(row: dict, where: str) -> dict:
-    """A row's {"prompt", "answer"}: `question`, `answer`, or "" and `text`. UserError: neither."""
+    """A row as {"prompt", "answer"}; plain `text` has the prompt "". UserError: it has neither."""
     require(isinstance(row, dict), f"{where} is no object with names.")
     asked = row.get("question") not in (None, "") and row.get("answer") not in (None, "")
     known = "text" in row or {"question", "answer"} <= row.keys()
@@ -1008,7 +1012,7 @@ def document_of(row: dict, where: str) -> dict:
 
 
 def documents_of(path: str) -> Iterator[dict]:
-    """Yields `document_of` every row of a file that is not empty."""
+    """Yield `document_of` each row of a file, leaving out rows without text."""
     with as_user_error(f"cannot read {path} ({{}})."):
         for number, row in enumerate(rows_of(Path(path)), 1):
             document = document_of(row, f"row {number:,} of {path}")
@@ -1016,8 +1020,8 @@ def documents_of(path: str) -> Iterator[dict]:
                 yield document
 
 
-def documents_in_turns(paths: tuple[str]) -> Iterator[dict]:
-    """Yields the documents of files in turns, of 16 files at once, so that sources are mixed."""
+def documents_in_turns(paths: tuple[str, ...]) -> Iterator[dict]:
+    """Yield the documents of files in turns, of 16 files at once, so that sources are mixed."""
     groups = math.ceil(len(paths) / 16)
     for group in range(groups):
         readers = [documents_of(path) for path in paths[group::groups]]
@@ -1027,11 +1031,11 @@ def documents_in_turns(paths: tuple[str]) -> Iterator[dict]:
 
 def open_documents(source: str, flag: str):
     """A streaming dataset of `document_of` each row, of files or the hub. UserError: neither."""
-    import datasets  # here, because it takes seconds and the tiny world needs none of it
+    import datasets  # takes seconds; the tiny world needs none of it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(50)  # its errors become our one sentence
-    paths = tuple(map(str, files_of(source)))  # a list would be taken for shards, read one by one
+    paths = tuple(map(str, files_of(source)))  # as a list they would be shards
     if paths:
         for path in paths:
             require(path.endswith(SUFFIXES), f"cannot read {path}; {flag} takes {SUFFIXES} files.")
@@ -1039,27 +1043,27 @@ def open_documents(source: str, flag: str):
         options = {"gen_kwargs": {"paths": paths}}
         return datasets.IterableDataset.from_generator(documents_in_turns, **options)
     announce("reading", f"{source} of the hub")
-    name, config, split = [*source.split(":", 2), "", ""][:3]
+    name, subset, split = [*source.split(":", 2), "", ""][:3]
     with as_user_error(f"{flag} {source} is no file, nor a hub dataset in reach ({{}})."):
         options = {"split": split or "train", "streaming": True}
-        rows = datasets.load_dataset(name, config or None, **options)
+        rows = datasets.load_dataset(name, subset or None, **options)
     rows = rows.map(document_of, fn_kwargs={"where": f"a row of {source}"})
     return rows.filter(lambda document: bool(document["answer"].strip()))
 
 
 def tokens_of(document: dict, task: Task) -> list[int]:
-    """A document's tokens and an end. UserError: one of them has no row in the embedding."""
+    """A document's tokens, closed by the end token. UserError: the embedding has no row for one."""
     text, end = document["prompt"] + document["answer"], task.tokenizer.eos_token_id
     ids = task.tokenizer(text, verbose=False)["input_ids"]
     if end is not None and ids[-1:] != [end]:
         ids.append(end)
-    most, rows = max(ids, default=0), task.teacher.config.vocab_size
-    require(most < rows, f"the teacher's embedding has no row for token {most} of the text.")
+    most, size = max(ids, default=0), task.teacher.config.vocab_size
+    require(most < size, f"the teacher's embedding has no row for token {most} of the text.")
     return ids
 
 
 def packed(documents: Iterable, task: Task, batch_size: int, seq_len: int, tokens: list):
-    """Batches cut from the documents' tokens in a row. tokens: those that no batch has had yet."""
+    """Batches cut from documents, across their borders. tokens: left over from them, in place."""
     for document in documents:
         tokens += tokens_of(document, task)
         while len(tokens) >= batch_size * seq_len:
@@ -1073,13 +1077,13 @@ class TrainingText:
     left of a block, the tokens that no batch has had yet, and where the stream goes on."""
 
     def __init__(self, config: Config, task: Task):
-        """Read 2,000 documents; 200 of them, or a tenth of a smaller text, are held out."""
+        """Read up to 2,000 documents; the first tenth of them (at most 200) is held out."""
         self.config, self.task = config, task
         stream = open_documents(config.data, "--data")
         documents = list(progress(itertools.islice(stream, BLOCK), "reading", BLOCK))
         aside = max(1, min(200, len(documents) // 10))
-        self.held_out, self.first = documents[:aside], documents[aside:]
-        require(len(self.first) >= world_size(), f"{config.data} has too few documents.")
+        self.held_out, self.rest = documents[:aside], documents[aside:]
+        require(len(self.rest) >= world_size(), f"{config.data} has too few documents.")
         self.stream = stream.skip(aside)
         self.beginning = self.stream.state_dict()
 
@@ -1091,7 +1095,7 @@ class TrainingText:
         return packed(self.read(), self.task, batch_size, seq_len, self.place["tokens"])
 
     def read(self) -> Iterator[dict]:
-        """Document after document, without an end. Each process has its share of a block."""
+        """Documents without an end, in shuffled blocks; of each this process has its share."""
         place, rows, count = self.place, None, BLOCK * world_size()
         while True:
             while place["documents"]:
@@ -1144,7 +1148,7 @@ def open_task(config: Config) -> Task:
         task.held_out = [next(tiny_batches(128, length, f"held out {config.seed}"))]
     else:
         task.text = TrainingText(config, task)
-        samples = packed(task.text.first, task, 1, length, [])
+        samples = packed(task.text.rest, task, 1, length, [])  # the paper's: Nemotron [differs]
         held_out = packed(task.text.held_out, task, 1, length, [])
         task.held_out = list(itertools.islice(held_out, 32))  # more would take long
     task.samples = list(itertools.islice(samples, config.calibration_samples))
@@ -1157,9 +1161,9 @@ def open_task(config: Config) -> Task:
 # ==== A run, its folders and the command line =================================================
 # OUT holds the students of one teacher under one set of settings, which differ only in how their
 # projections start. Only the first process writes files; JSON and checkpoints whole or not at all.
-# Every fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stop.
+# A fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stopped.
 NOT_IDENTITY = ("out", "save_every", "methods")
-SIGNALS = {"wait": False, "came": False}  # wait: until the end of a training step
+SIGNALS = {"wait": False, "came": False}  # wait: a first signal is only noted, in "came"
 
 
 class UserError(Exception):
@@ -1191,7 +1195,7 @@ def announce(what: str, text: str):
 
 
 def progress(items: Iterable, what: str, total: int | None = None, done: int = 0) -> Iterator:
-    """Yield the items under a bar; in a file or a pipe, say at tenths how far a long way is."""
+    """Yield the items under a bar; where stderr is no terminal, announce tenths, 3 s apart."""
     total = len(items) if total is None else total
     said, terminal = time.monotonic(), rank() == 0 and sys.stderr.isatty()
     for item in tqdm(items, what, total, initial=done, leave=False, disable=not terminal):
@@ -1208,7 +1212,7 @@ def write(path: Path, value):
     if rank() > 0:
         return
     partial = path.with_name(f"{path.name}.partial")
-    with as_user_error(f"cannot write {path} ({{}}): disk full? The same command goes on."):
+    with as_user_error(f"cannot write {path} ({{}}): disk full? The same command resumes."):
         if path.suffix == ".pt":
             torch.save(value, partial)
         else:
@@ -1240,11 +1244,10 @@ def open_folder(folder: Path, settings: dict):
         stored = dict(json.loads((folder / "settings.json").read_text("utf-8")))
     for name in sorted(stored | settings):
         there, here = stored.get(name, "nothing"), settings.get(name, "nothing")
-        sentence = f"{folder} was made with another {name}: {there} there, {here} here"
-        require(there == here, f"{sentence}; name another --out.")
+        require(there == here, f"{folder} has {name} {there}, not {here}; name another --out.")
 
 
-def save_checkpoint(folder: Path, records: list, student, optimizers: list, task: Task):
+def save_checkpoint(folder: Path, records: list, student: ProjectedStudent, optimizers, task):
     """Save what going on needs: all records, what learns, and every process's place in the text."""
     state = {
         "records": records,
@@ -1259,12 +1262,12 @@ def save_checkpoint(folder: Path, records: list, student, optimizers: list, task
     barrier()  # nobody leaves before the first process has written
 
 
-def load_checkpoint(folder: Path, student, optimizers: list) -> tuple[list, dict | None]:
+def load_checkpoint(folder: Path, student: ProjectedStudent, optimizers: list) -> tuple:
     """Load the newest checkpoint: its records and place in the text. UserError: it is damaged."""
     paths = gather(sorted(folder.glob("step-*.pt")))[0]  # the first process chooses for all
     if not paths:
         return [], None
-    sentence = f"{paths[-1]} is damaged; move it away, and the run goes on from the one before."
+    sentence = f"{paths[-1]} is damaged; move it away, to go on from the one before."
     with as_user_error(sentence):
         require(zipfile.ZipFile(paths[-1]).testzip() is None, sentence)
         state = torch.load(paths[-1], "cpu", weights_only=True, mmap=True)  # runs no code from it
@@ -1291,7 +1294,6 @@ def train_student(method: str, config: Config, student, task: Task, mean_squares
         records = [{"step": 0, "tokens_seen": 0, "held_out": measures}]
     # Cut the file back to the checkpoint: the steps after it will be taken again.
     write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-
     done = records[-1]["step"]
     batches = training_batches(config, task, done, place)
     steps = distill(task.teacher, student, batches, config, mean_squares, optimizers, done)
@@ -1313,15 +1315,17 @@ def train_student(method: str, config: Config, student, task: Task, mean_squares
         if stopping:
             raise KeyboardInterrupt
     SIGNALS["wait"] = False
+    if any(gather(SIGNALS["came"])):  # during the last save
+        raise KeyboardInterrupt
     return records
 
 
 def run(config: Config):
-    """Make all the students of a command, all in OUT, and print what came out."""
+    """Make the missing students of a command, export them into OUT, and print the table."""
     out, rows = Path(config.out), {}
     if rank() == 0:
         open_folder(out, settings_of(config))
-        if (out / "summary.json").is_file():  # what earlier commands have finished stays finished
+        if (out / "summary.json").is_file():  # what earlier commands finished
             rows = json.loads((out / "summary.json").read_text("utf-8"))
     rows = gather(rows)[0]
     missing = []
@@ -1331,13 +1335,13 @@ def run(config: Config):
     if missing:
         task = open_task(config)
         teacher, width = task.teacher, choose_width(config.ratio, task.teacher.config)
-        where = f"{world_size()} x {teacher.device}, {str(teacher.dtype)[6:]}"
+        where = f"{world_size()} x {teacher.device}, {teacher.dtype}"
         announce("students", f"width {width} of {teacher.config.hidden_size}, on {where}")
-        with as_user_error(f"{config.model} cannot run ({{}})."):
+        with as_user_error(f"{teacher.name_or_path} cannot run ({{}})."):
             calibration = calibrate(teacher, progress(task.samples, "calibrating"))
         if "teacher" not in rows:
             rows["teacher"] = measure_model(teacher, task, finished=True)
-        write(out / "settings.json", settings_of(config))  # by now the input is known to be good
+        write(out / "settings.json", settings_of(config))  # the input is good
         write(out / "summary.json", rows)
     for method in missing:
         student = new_student(method, teacher, width, calibration, config.seed)
@@ -1374,13 +1378,13 @@ def table(rows: dict) -> str:
         lines.append("  ".join([label.ljust(wide), *padded]))
     for label, row in rows.items():
         curve = row.get("curve", [])
-        few = curve[:: math.ceil(len(curve) / 11) or 1]  # eleven points at the most
+        few = curve[:: -math.ceil(len(curve) / 11) or -1][::-1]  # eleven points, with the last
         steps = "eRank, step".ljust(wide) + "".join(f"{record['step']:>7,}" for record in few)
         if few and steps not in lines:
             lines += ["", steps]
         if few:
-            ranks = [fmean(record["held_out"]["erank"]) for record in few]
-            lines.append(label.ljust(wide) + "".join(f"{rank:7.1f}" for rank in ranks))
+            values = [fmean(record["held_out"]["erank"]) for record in few]
+            lines.append(label.ljust(wide) + "".join(f"{value:7.1f}" for value in values))
     lines.append("")
     for label, row in rows.items():
         if "example" in row:
@@ -1436,7 +1440,7 @@ def check(config: Config):
         if isinstance(value, int | float):
             require(lowest <= value <= most, f"{flag} must be from {lowest} to {most}.")
     text = config.data or config.eval_data
-    require(config.model or not text, "--data and --eval-data need --model, the teacher.")
+    require(config.model or not text, "--data and --eval-data need --model.")
     if config.data is not None:
         both = [{path.resolve() for path in files_of(s)} for s in (config.data, config.eval_data)]
         shared = both[0] & both[1] or config.data == config.eval_data
@@ -1446,7 +1450,7 @@ def check(config: Config):
 
 
 def on_signal(number, frame):
-    """A first signal waits for the end of a step, measured and saved; any other ends at once."""
+    """A first signal ends the run after the step, once that is saved; any other ends it at once."""
     if SIGNALS["came"] or not SIGNALS["wait"]:
         raise KeyboardInterrupt
     SIGNALS["came"] = True
@@ -1474,7 +1478,7 @@ def main(arguments: list[str] | None = None) -> int:
     except FloatingPointError as error:
         code, text = 1, f"{error}; try a lower --learning-rate, and another --out."
     except Exception as error:
-        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        memory = "Memory" in type(error).__name__ or "allocate memory" in str(error)
         lost = isinstance(error, torch.distributed.DistError) or "onnection " in str(error)
         network = re.match("http|pyarrow|aiohttp|urllib3|fsspec", type(error).__module__)
         if not (memory or lost or network or isinstance(error, OSError)):
@@ -1482,7 +1486,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, text = 1, f"{type(error).__name__}: {error}; once that is mended, {again}"
         if memory:
             text = "out of memory; try a smaller --batch-size or --seq-len."
-    if os.environ.get("RANK", "0") != "0":  # the first process speaks for all
+    if os.environ.get("RANK", "0") != "0":  # the first one speaks
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print(f"red.py: {' '.join(text.split())}", file=sys.stderr)

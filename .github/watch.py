@@ -24,8 +24,8 @@ def kept_shares(calibration, width):
     for method in ("red", "pca", "random-selection", "shared-orthogonal"):
         generator = torch.Generator().manual_seed(0)
         basis = red.initial_projection(method, calibration, width, generator)
-        energies = [energy.cpu() for energy in calibration.energy.values()]
-        shares[method] = [(energy @ basis * basis).sum().item() for energy in energies]
+        moments = [moment.cpu() for moment in calibration.moments.values()]
+        shares[method] = [(moment @ basis * basis).sum().item() for moment in moments]
     return shares
 
 
@@ -34,7 +34,7 @@ def mean_cosines(model, batches):
     names, parts = [f"model.layers.{i}" for i in range(len(model.model.layers))], {}
     for batch in batches:
         _, seen = red.look_inside(model, batch["input_ids"], names)
-        for name, (_, stream) in seen.items():
+        for name, stream in seen.items():
             unit = torch.nn.functional.normalize(stream.flatten(0, 1).float(), dim=-1)
             parts.setdefault(name, []).append(unit)
     return [torch.cat(part).mean(0).square().sum().item() for part in parts.values()]
