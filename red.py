@@ -1081,10 +1081,10 @@ class TrainingText:
         self.config, self.task = config, task
         stream = open_documents(config.data, "--data")
         documents = list(progress(itertools.islice(stream, BLOCK), "reading", BLOCK))
-        aside = max(1, min(200, len(documents) // 10))
-        self.held_out, self.rest = documents[:aside], documents[aside:]
+        count = max(1, min(200, len(documents) // 10))
+        self.held_out, self.rest = documents[:count], documents[count:]
         require(len(self.rest) >= world_size(), f"{config.data} has too few documents.")
-        self.stream = stream.skip(aside)
+        self.stream = stream.skip(count)
         self.beginning = self.stream.state_dict()
 
     def batches_from(self, place: dict | None) -> Iterator[dict]:

@@ -654,23 +654,27 @@ def test_tiny_scores_are_of_whole_lines(spoiled):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_selection_of_channels_keeps_more_effective_rank_than_lrc_and_learns_more(seed):
+def test_a_selection_of_channels_keeps_more_effective_rank_than_lrc_and_writes_more(seed):
     """The paper's claim; and `red` starts lower than `lrc`, and `pca` lower still."""
     shape = dict(hidden_size=64, head_dim=16, num_hidden_layers=2, intermediate_size=128)
-    teacher = red.tiny_teacher(tiny_config(**shape), seed, steps=300)
+    teacher = red.tiny_teacher(tiny_config(**shape), seed, steps=400)
     samples, held_out = red.tiny_batches(32, 48, seed), [next(red.tiny_batches(64, 48, "held out"))]
-    calibration, config = red.calibrate(teacher, [next(samples)]), red.Config(steps=30)
-    config.learning_rate, starts, losses, ranks = 1e-2, {}, {}, {}
-    full = sum(red.evaluate(teacher, held_out)["erank"])
+    calibration = red.calibrate(teacher, [next(samples)])
+    config = red.Config(steps=60, learning_rate=1e-2)
+    starts, ends, chains = {}, {}, {}
     for method in ("lrc", "random-selection", "red", "pca"):
-        student = red.new_student(method, teacher, 24, calibration, seed)
+        student = red.new_student(method, teacher, 32, calibration, seed)
         starts[method] = red.evaluate(student.model, held_out)["loss"]
-        batches = red.tiny_batches(16, 48, "training")
-        list(red.distill(teacher, student, batches, config, calibration.mean_squares))
-        end = red.evaluate(student.model, held_out)
-        losses[method], ranks[method] = end["loss"], sum(end["erank"]) / full
+        if method != "pca":
+            batches = red.tiny_batches(16, 48, "training")
+            list(red.distill(teacher, student, batches, config, calibration.mean_squares))
+            ends[method] = red.evaluate(student.model, held_out)
+            scores = red.tiny_scores(student.model, red.tiny_tokenizer(), count=50)
+            chains[method] = scores["chains"][0]  # the teacher writes three quarters of them
     for method in ("red", "random-selection"):
-        assert losses[method] < losses["lrc"] - 0.12 and ranks[method] > ranks["lrc"] + 0.06
+        assert sum(ends[method]["erank"]) > sum(ends["lrc"]["erank"]) + 6
+        assert chains[method] > chains["lrc"] + 0.15
+        assert ends[method]["loss"] < ends["lrc"]["loss"] - 0.3
     assert starts["pca"] + 0.5 < starts["red"] < starts["lrc"] - 0.5
 
 
