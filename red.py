@@ -59,7 +59,7 @@ METHODS = {  # by where the projections start
     "pca": "the principal directions of the stream, for all [new, after SliceGPT]",
     "shared-orthogonal": "one random basis for all matrices [new]",
     "orthogonal": "a random basis for each matrix: the paper's ablation",
-    "lrc": "random numbers for each matrix: Low-Rank Clone, the paper's baseline",
+    "lrc": "random numbers for each matrix: Low-Rank Clone, the baseline",
 }
 LEARNING_RATES = {"adam": 3e-4, "muon": 1e-3}  # of a real teacher's students
 TINY_LEARNING_RATES = {"adam": 1e-2, "muon": 3e-2}
@@ -80,7 +80,7 @@ class Config:
     model: str | None = setting(None, "teacher: folder or hub name; unset: the tiny world")
     ratio: float = setting(0.5, "width of a student as a share of the teacher's")
     methods: list[str] = setting(["red"], "of the methods below", choices=METHODS, metavar="METHOD")
-    data: str | None = setting(None, "text to train on; unset: FineWeb-Edu, or the tiny world's")
+    data: str | None = setting(None, "text to train on; unset: FineWeb-Edu or the tiny world")
     calibration_samples: int = setting(15, "sequences to calibrate on")
     seq_len: int = setting(512, "tokens per sequence")
     steps: int = setting(1000, "optimiser steps; 0: export and measure the start")
@@ -137,7 +137,11 @@ def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
 def look_inside(model: nn.Module, ids: Tensor, names: Iterable[str]) -> tuple[Tensor, dict]:
     """Run a model: its last hidden states, and what each named norm takes in or other puts out."""
     seen = {}
-    with watch(model, names, lambda n, _, x, y: seen.update({n: x[0] if n.endswith(NORMS) else y})):
+
+    def look(name, module, inputs, output):
+        seen[name] = inputs[0] if name.endswith(NORMS) else output
+
+    with watch(model, names, look):
         hidden = last_hidden(model, ids)
     return hidden, seen
 
@@ -153,7 +157,7 @@ def select_channels(importance: Tensor, student_width: int) -> Tensor:
     """Indices of the best channels, ascending, (d_s,) int64 (§5). ValueError: no such width."""
     if not 0 < student_width <= len(importance):
         raise ValueError(f"cannot keep {student_width} of {len(importance)} channels")
-    order = torch.sort(importance, descending=True, stable=True).indices  # ties: lower index first
+    order = torch.sort(importance, descending=True, stable=True).indices  # ties: lower first
     return order[:student_width].sort().values
 
 
@@ -281,10 +285,7 @@ def choose_width(ratio: float, teacher_config) -> int:
 
 def student_config(teacher_config, student_width: int, untie: bool = False):
     """The teacher's config at another width, with `head_dim` pinned; untie: with its own head."""
-    left_out = (
-        "quantization_config",
-        "auto_map",
-    )  # untrue of a student
+    left_out = ("quantization_config", "auto_map")  # untrue of a student
     values = {k: v for k, v in teacher_config.to_dict().items() if k not in left_out}
     if not values.get("head_dim"):
         values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
@@ -512,7 +513,7 @@ def training_step(
         if batch is None:
             raise ValueError("the batches have ended before the step is complete")
         ids, labels = batch["input_ids"], batch["labels"]
-        count = int((labels[:, 1:] != -100).sum())  # on the CPU: no GPU is waited for
+        count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
         teacher_hidden, seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
         hidden, alignment = student_forward(student, ids, seen, mean_squares)
         outputs = (hidden, head, teacher_hidden, teacher_head)
@@ -609,8 +610,7 @@ def evaluate(model: nn.Module, batches: Iterable[dict], tokens: int = 4096) -> d
     """Held-out `loss` in nats per label; `erank` after each block, of the first `tokens` tokens.
     FloatingPointError: the loss is not finite. ValueError: there is no label (§4, §6)."""
     streams = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
-    losses = []
-    looked_at = 0
+    losses, looked_at = [], 0
     for batch in batches:
         names = streams if looked_at < tokens else []
         hidden, seen = look_inside(model, batch["input_ids"], names)
@@ -748,11 +748,14 @@ def tiny_teacher_folder(config: Config) -> str:
     recipe = f"{TINY_CONFIG.read_text('utf-8')} {TINY_PAIRS} {TINY_LENGTHS}"
     name = f"tiny-{config.seed}-{random.Random(recipe).getrandbits(32):08x}"
     folder = Path(config.out).parent / name
-    if rank() == 0 and not (folder / "tokenizer_config.json").is_file():
-        with as_user_error(f"{TINY_CONFIG.name} makes no teacher in {folder} ({{}})."):
+    if rank() == 0 and not folder.is_dir():
+        partial = f"{folder}-{os.getpid()}.partial"
+        with as_user_error(f"{TINY_CONFIG.name} makes no teacher in {partial} ({{}})."):
             model_config = AutoConfig.from_pretrained(TINY_CONFIG, trust_remote_code=False)
-            tiny_teacher(model_config, config.seed).save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)  # last, so that what is there is whole
+            tiny_teacher(model_config, config.seed).save_pretrained(partial)
+            tiny_tokenizer().save_pretrained(partial)
+        with contextlib.suppress(OSError):  # another command was faster, with the same teacher
+            os.rename(partial, folder)
     barrier()
     return str(folder)
 
@@ -890,10 +893,8 @@ def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> tuple:
     with as_user_error(f"cannot load {name} ({{}}); is a file missing, or sentencepiece?"):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = model_config.model_type
-        require(kind in FAMILIES, f"{name} is {kind}; supported: {', '.join(FAMILIES)}.")
+        require(kind in FAMILIES, f"{name} is {kind}; known are {', '.join(FAMILIES)}.")
         require(not hasattr(model_config, "quantization_config"), f"{name} is quantised.")
-        # A checkpoint's config can change what its forward pass returns.
-        model_config.return_dict, model_config.output_attentions = True, False
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         teacher, loading = AutoModelForCausalLM.from_pretrained(
             name,
@@ -960,8 +961,7 @@ def adapt_to_others(folder: Path, as_llama: bool):
 
 def files_of(source: str | None) -> list[Path]:
     """The files that `source` names: a file, a folder's, a pattern's. None of them: try the hub."""
-    source = source or ""
-    visited = set()
+    source, visited = source or "", set()
     if os.path.isfile(source):
         return [Path(source)]
     names = [] if os.path.isdir(source) else glob.glob(source, recursive=True)
@@ -972,7 +972,7 @@ def files_of(source: str | None) -> list[Path]:
         folders[:] = [name for name in folders if new and not name.startswith(".")]
     # Links may lead to a file more than once, too.
     files = {os.path.realpath(name): Path(name) for name in sorted(names, reverse=True)}
-    return sorted(path for path in files.values() if path.is_file())
+    return sorted(filter(Path.is_file, files.values()))
 
 
 def rows_of(path: Path) -> Iterator[dict]:
@@ -1026,7 +1026,7 @@ def documents_in_turns(paths: tuple[str, ...]) -> Iterator[dict]:
     for group in range(groups):
         readers = [documents_of(path) for path in paths[group::groups]]
         for documents in itertools.zip_longest(*readers):
-            yield from (document for document in documents if document)
+            yield from filter(None, documents)
 
 
 def open_documents(source: str, flag: str):
@@ -1201,7 +1201,7 @@ def progress(items: Iterable, what: str, total: int | None = None, done: int = 0
     for item in tqdm(items, what, total, initial=done, leave=False, disable=not terminal):
         yield item
         done += 1
-        tenth = done * 10 // total > (done - 1) * 10 // total
+        tenth = done % max(1, total // 10) == 0
         if tenth and not terminal and time.monotonic() - said > 3:
             said = time.monotonic()
             announce(what, f"{done:,} of {total:,}")

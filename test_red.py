@@ -1160,7 +1160,6 @@ ODD = {  # what is done to a teacher's folder
     "zero gains": lambda at: edit_weight(at, NORMS[0], torch.zeros(96)),
     "a tie that is none": lambda at: edit(at / "config.json", tie_word_embeddings=True),
     "dropout": lambda at: edit(at / "config.json", attention_dropout=0.5),
-    "other outputs": lambda at: edit(at / "config.json", output_attentions=True, return_dict=False),
     "no multiple of its heads": lambda at: qwen2(at, hidden_size=30, head_dim=8),
 }
 
