@@ -987,9 +987,8 @@ def rows_of(path: Path) -> Iterator[dict]:
         start = file.read(1000).lstrip()
         file.seek(0)
         if path.suffix == ".txt":
-            for blank, lines in itertools.groupby(file, str.isspace):
-                if not blank:
-                    yield {"text": "".join(lines).strip("\n")}
+            for _, lines in itertools.groupby(file, str.isspace):
+                yield {"text": "".join(lines).strip("\n")}
         elif path.suffix == ".json" and start.startswith("["):
             yield from json.load(file)
         else:
