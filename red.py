@@ -384,7 +384,7 @@ def kl_and_cross_entropy(
 
     logits: (tokens, vocabulary); targets: (tokens,). KL is of distributions softened by the
     temperature T, and times T^2: softening divides its gradient by about T^2, which gives it back
-    its weight [reading: LRC has no such factor, and at RED's T = 1 it is 1]."""
+    its weight [differs: LRC has no such factor; at RED's T = 1 it is 1]."""
     precise = torch.promote_types(student_logits.dtype, torch.float32)
     log_q = torch.log_softmax(student_logits, -1, dtype=precise)  # (tokens, vocabulary)
     cross_entropy = F.nll_loss(log_q, targets, reduction="sum")
@@ -1158,8 +1158,8 @@ def open_task(config: Config) -> Task:
 
 
 # ==== A run, its folders and the command line =================================================
-# OUT holds the students of one teacher under one set of settings, which differ only in how their
-# projections start. Only the first process writes files; JSON and checkpoints whole or not at all.
+# OUT holds the students of one teacher under one set of settings, which differ only in where they
+# start. Only the first process writes files; JSON and checkpoints whole or not at all.
 # A fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stopped.
 NOT_IDENTITY = ("out", "save_every", "methods")
 SIGNALS = {"wait": False, "came": False}  # wait: a first signal is only noted, in "came"

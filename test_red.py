@@ -1,7 +1,7 @@
 """The method and the program as their tests state them, on tiny models, in the order of red.py.
 
-What is expected is written out by hand: no oracle takes a formula from red.py, but for
-`red.reference_step`, which plain autograd checks first and which then checks the fast step.
+What is expected is written out by hand, or by a function of red.py that an earlier test has
+checked so: plain autograd checks `red.reference_step`, which then checks the fast step.
 """
 
 import copy
@@ -208,7 +208,7 @@ def test_the_width_is_near_a_ratio_and_the_best_channels_are_kept_in_order():
 @pytest.mark.parametrize("method", [*SELECTIONS, "pca", "shared-orthogonal"])
 @every_family
 def test_at_full_width_the_student_is_the_teacher_and_shares_nothing_with_it(family, method):
-    """Also with tied heads, biases, windows, gains, and dropout for those who train it."""
+    """Also with tied heads, biases, windows, gains, and dropout in the config."""
     student, _ = make_student(teacher := make_teacher(family, torch.float64), method, 32)
     got, expected = logits(student.model, make_batch()), logits(teacher, make_batch())
     near = dict(rtol=1e-6, atol=1e-5) if method in SELECTIONS else dict(rtol=1e-4, atol=1e-3)
@@ -222,8 +222,9 @@ def test_at_full_width_the_student_is_the_teacher_and_shares_nothing_with_it(fam
 @pytest.mark.parametrize("method", METHODS)
 def test_where_projections_start(method):
     student, calibration = make_student(teacher := make_teacher(), method)
-    first, *others = projections = [*student.projections.values()]
-    assert all(torch.equal(first, one) for one in others) == (method not in ("lrc", "orthogonal"))
+    first, *_ = projections = [*student.projections.values()]
+    different = len({str(projection.tolist()) for projection in projections})
+    assert different == (len(projections) if method in ("lrc", "orthogonal") else 1)
     assert bool(((first == 0) | (first == 1)).all()) == (method in SELECTIONS)
     if method == "red":
         order = sorted(range(32), key=lambda channel: -calibration.importance[channel])
@@ -268,7 +269,8 @@ def wrap_in_projections(student, teacher, method):
         return layer(x) @ projection if writes else layer(x @ projection.T * gain)
 
     for name in ["lm_head", "model.embed_tokens", *LINEAR]:
-        norm = "model.norm" if name == "lm_head" else f"{name[:14]}.{TWO['mlp' in name]}"
+        block = name[: len("model.layers.N")]
+        norm = "model.norm" if name == "lm_head" else f"{block}.{TWO['mlp' in name]}"
         projection = student.projections.get(name, student.projections["model.embed_tokens"])
         writes = name.endswith((*WRITERS, "embed_tokens"))  # for the latter, rows are its output
         gain = teacher.get_submodule(norm).weight if method in ROTATIONS and not writes else 1.0
@@ -351,7 +353,7 @@ def gradients_of(student):
 
 @pytest.mark.parametrize("method", ["red", "pca", "orthogonal", "lrc"])
 @every_family
-def test_plain_autograd_gives_the_reference_step_and_that_the_fast_step(
+def test_reference_step_equals_plain_autograd_and_training_step_equals_it(
     family, method, monkeypatch
 ):
     """The first in a student that is never merged; the last over uneven micro-batches."""
@@ -610,7 +612,6 @@ def test_tiny_batches_have_right_lines_label_answers_only_and_repeat_with_the_se
             assert f"{marked}\n" == "." * len(prompts[-1]) + answer
     chains = {len(prompt) // 2 - 1 for prompt in prompts if prompt not in pairs}
     assert chains == {1, 2, 3, 4, 5} and any(prompt in pairs for prompt in prompts)
-    assert red.TINY_LENGTHS == (1, 2, 3, 3, 4, 4, 5, 5)  # as long ones are seldom whole
 
 
 class Solver:
@@ -636,7 +637,7 @@ class Solver:
         return types.SimpleNamespace(logits=logits)
 
 
-# One character more; the last right, but not a result; nothing.
+# What is replaced in an answer: a character more; a wrong result, the last digit right; no answer.
 @pytest.mark.parametrize("spoiled", [("\n", "?\n"), ("=.|^[a-z]", "=?"), (".+", "")])
 def test_tiny_scores_are_of_whole_lines(spoiled):
     """And of pairs that are chosen from four: its own answer, and those of three others."""
@@ -656,7 +657,7 @@ def test_tiny_scores_are_of_whole_lines(spoiled):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_selection_of_channels_keeps_more_effective_rank_than_lrc_and_writes_more(seed):
-    """The paper's claim; and `red` starts lower than `lrc`, and `pca` lower still."""
+    """Active channels or random ones; and before training pca is below red below lrc."""
     shape = dict(hidden_size=64, head_dim=16, num_hidden_layers=2, intermediate_size=128)
     teacher = red.tiny_teacher(tiny_config(**shape), seed, steps=400)
     samples, held_out = red.tiny_batches(32, 48, seed), [next(red.tiny_batches(64, 48, "held out"))]
@@ -709,7 +710,9 @@ def test_two_processes_are_one_on_the_whole_batch(optimizer, tmp_path):
         ends = pool.starmap_async(two_steps, halves, chunksize=1).get(60)
     records, learned = two_steps(optimizer, batches, 2)
     for theirs, others in ends:
-        assert all(one == pytest.approx(two, rel=1e-6) for one, two in zip(records, theirs))
+        assert len(theirs) == 2 and all(
+            one == pytest.approx(two, rel=1e-6) for one, two in zip(records, theirs)
+        )
         assert learned == pytest.approx(others, rel=1e-6, abs=1e-7)
 
 
@@ -934,7 +937,7 @@ def source_of(kind, folder, monkeypatch):
 @pytest.mark.parametrize("processes, block", [(1, 40), (2, 40), (1, 2000)])
 @pytest.mark.parametrize("kind", ["folder", "hub"])
 def test_epochs_are_whole_and_go_on_from_any_place(kind, processes, block, tmp_path, monkeypatch):
-    """In new orders, without what is held out. Going on reads one block at the most."""
+    """In new orders, without what is held out. From the hub, going on reads one block at most."""
     monkeypatch.setattr(red, "BLOCK", block)
     source, aside = source_of(kind, tmp_path / "text", monkeypatch), min(block, 130) // 10
     fetched, used = watched(monkeypatch, "document_of"), watched(monkeypatch, "tokens_of")
@@ -959,13 +962,15 @@ def test_epochs_are_whole_and_go_on_from_any_place(kind, processes, block, tmp_p
             fetched.reset_mock()
             reader = text.batches_from(places[number])
             again = [text_in([next(reader)])]
-            assert kind != "hub" or fetched.call_count <= 40 * processes + 18 or block > 40
+            if (kind, block) == ("hub", 40):  # one block, and two row groups of 9 around its place
+                assert fetched.call_count <= 40 * processes + 18
             again += [text_in([batch]) for batch in itertools.islice(reader, 8)]
             assert again[: len(places) - number] == batches[number : number + 9], number
     assert all(sorted(epoch) == NAMES[aside:] for epoch in epochs)
     assert len(set(map(tuple, [*epochs, NAMES[aside:]]))) == 5
     early = [len({*NAMES[4:22]} & {*epoch[:18]}) for epoch in epochs]  # of the first block
-    assert (block, processes) != (40, 1) or 4 < early[0] < 14 and 4 < early[2] < 14
+    if (block, processes) == (40, 1):  # about eight by chance
+        assert 4 < early[0] < 14 and 4 < early[2] < 14
 
 
 def test_held_out_text_is_neither_trained_nor_calibrated_on(real):
@@ -997,7 +1002,7 @@ def main_of(*values):
     return red.main(run_of(*values))
 
 
-def rows_of(out):
+def summary_of(out):
     return json.loads((out / "summary.json").read_text())
 
 
@@ -1013,12 +1018,14 @@ def sentence(capsys):
     return said
 
 
-def test_a_run_leaves_what_it_promises(real, tmp_path, capsys, monkeypatch):
+def test_a_run_writes_metrics_summary_and_student_and_is_not_repeated(
+    real, tmp_path, capsys, monkeypatch
+):
     """And what is finished is not done again."""
     out, measured = tmp_path / "run", watched(monkeypatch, "evaluate")
     words = run_of(real, out)
     assert (red.main(words), measured.call_count) == (0, 3)  # the teacher, the start and the end
-    said, steps, rows = capsys.readouterr().out, records_of(out), rows_of(out)
+    said, steps, rows = capsys.readouterr().out, records_of(out), summary_of(out)
     assert [(step["step"], step["tokens_seen"]) for step in steps] == [(0, 0), (1, 64), (2, 128)]
     assert all(step["loss"] > 0 and step["tokens"] == 64 for step in steps[1:])
     assert [len(step.get("held_out", {}).get("erank", [])) for step in steps] == [3, 0, 3]
@@ -1040,18 +1047,18 @@ def test_a_run_leaves_what_it_promises(real, tmp_path, capsys, monkeypatch):
         for name in ("distill", "measure_model", "calibrate", "load_teacher"):
             patch.setattr(red, name, None)
         shutil.rmtree(out / "red/checkpoints")
-        assert red.main(words) == 0 and rows_of(out) == rows
+        assert red.main(words) == 0 and summary_of(out) == rows
     measured.reset_mock()
     assert red.main([*words, *"--methods pca --save-every 1".split()]) == 0
     assert measured.call_count == 3  # the start, and both steps; not the teacher again
-    more, said = rows_of(out), capsys.readouterr().out
+    more, said = summary_of(out), capsys.readouterr().out
     assert more == rows | {"pca": more["pca"]} and list(more) == ["teacher", "red", "pca"]
     assert all(re.search(f"^{name} .*M", said, re.MULTILINE) for name in more)
 
 
 def test_several_methods_share_one_table_and_batches_may_be_cut(real, tmp_path, capsys):
     assert main_of(real, tmp_path / "a", f"--methods {' '.join(METHODS)}") == 0
-    rows, said = rows_of(tmp_path / "a"), capsys.readouterr().out.splitlines()
+    rows, said = summary_of(tmp_path / "a"), capsys.readouterr().out.splitlines()
     table = [line for line in said if line.split()[:1] and line.split()[0] in rows]
     assert [line.split()[0] for line in table[:7]] == ["teacher", *METHODS] == list(rows)
     assert all(f"{row['loss']:.3f}" in line for row, line in zip(rows.values(), table))
@@ -1078,10 +1085,12 @@ def test_results_of_worked_problems_are_measured(real, teacher, tmp_path, capsys
         config = red.parse_arguments(run_of(real, tmp_path / "out", f"{more} {asked}"))
         assert list(map(len, red.open_task(config).problems)) == left
     assert main_of(real, tmp_path / "out", f"{more} 7") == 0
-    said, rows = capsys.readouterr().out, rows_of(tmp_path / "out")
+    said, rows = capsys.readouterr().out, summary_of(tmp_path / "out")
     assert "results right" in said and max(map(len, red.table(rows).splitlines())) <= 100
-    for row in (*rows.values(), *[point["held_out"] for point in rows["red"]["curve"]]):
-        assert 0 <= row["results"] <= 1 and 0 <= row["other_tokens"] <= 1
+    assert all("results" in point["held_out"] for point in rows["red"]["curve"])
+    expected = red.result_scores(red.load_teacher(str(teacher))[0], red.open_task(config).problems)
+    assert expected != {} and main_of(real, tmp_path / "all", f"{more} 200") == 0
+    assert summary_of(tmp_path / "all")["teacher"].items() >= expected.items()
 
 
 @pytest.fixture
@@ -1095,7 +1104,9 @@ def tiny(tmp_path, monkeypatch):
     return lambda change: red.main([*words.split(), *change.split()])
 
 
-def test_the_tiny_worlds_teacher_is_shared_by_runs_of_one_seed(tiny, monkeypatch, capsys):
+def test_the_tiny_world_shares_a_teacher_by_seed_and_refuses_what_cannot_be(
+    tiny, monkeypatch, capsys
+):
     # What a person tries first is never refused: each goes to a folder of its own.
     assert tiny("--steps 1") == 0
     with monkeypatch.context() as patch:
@@ -1108,6 +1119,7 @@ def test_the_tiny_worlds_teacher_is_shared_by_runs_of_one_seed(tiny, monkeypatch
     assert tiny("--seq-len 5 --out runs/five") == 2  # prompts alone are as long
     assert "--seq-len" in sentence(capsys) and not Path("runs/five/settings.json").exists()
     assert tiny(f"--out {teachers[0]}") == 2  # the teacher's own folder
+    assert "no run of RED" in sentence(capsys)
 
 
 def test_what_identifies_a_run_is_known_and_a_change_is_named(real, teacher, tmp_path, capsys):
@@ -1173,7 +1185,7 @@ def test_odd_teachers_run(real, teacher, tmp_path, name):
     ODD[name](teacher)
     words = f"--model {teacher} --methods red pca --ratio 1 --steps 1"
     assert main_of(real, tmp_path / "out", words) == 0
-    rows = rows_of(tmp_path / "out")
+    rows = summary_of(tmp_path / "out")
     assert all(math.isfinite(row["loss"]) for row in rows.values())
     start = rows["red"]["curve"][0]["held_out"]["loss"]  # at full width, or nearly
     assert start == pytest.approx(rows["teacher"]["loss"], rel=0.2 if "heads" in name else 1e-5)
@@ -1196,7 +1208,7 @@ def test_what_stays_behind_and_what_goes_along_with_a_student(real, teacher, tmp
 
 
 TIMEOUT = type("Timeout", (Exception,), {"__module__": "httpx"})  # no OSError
-BREAKS = {  # name -> (error, at which document of two blocks or else in a step, the sentence)
+BREAKS = {  # name -> (error; raised at this document, or in a step if None; the sentence)
     "a timeout": (TIMEOUT("The read operation timed out"), 5, "timed out.*resumes"),
     "a file cut off": (pyarrow.lib.ArrowInvalid("Parquet file size is 3"), 30, "is 3.*resumes"),
     "a GPU's memory": (torch.OutOfMemoryError("CUDA out of memory"), None, "out of.*--batch-size"),
@@ -1239,7 +1251,9 @@ def test_what_breaks_a_run_off_is_one_sentence(real, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("steps", [14, 3])
-def test_steps_that_are_not_finite_do_not_end_well(real, tmp_path, capsys, monkeypatch, steps):
+def test_a_run_of_steps_that_are_not_finite_exits_with_1_and_exports_nothing(
+    real, tmp_path, capsys, monkeypatch, steps
+):
     step, nan = red.training_step, {"loss": torch.tensor(math.nan)}
     monkeypatch.setattr(red, "training_step", lambda *v: step(*v) | nan)
     for _ in range(2):
@@ -1286,7 +1300,10 @@ def uninterrupted(request, real, tmp_path_factory):
     return words, folder / "whole"
 
 
-@pytest.mark.parametrize("number, fault", [(9, "flipped"), (15, "cut"), (2, "full")])
+STOPPED = [(signal.SIGKILL, "flipped"), (signal.SIGTERM, "cut"), (signal.SIGINT, "full")]
+
+
+@pytest.mark.parametrize("number, fault", STOPPED)
 def test_broken_off_it_goes_on_to_the_same_bits(uninterrupted, tmp_path, capfd, number, fault):
     """SIGTERM and SIGINT save the very step. A damaged checkpoint or a full disk loses nothing."""
     words, whole = uninterrupted
@@ -1318,9 +1335,9 @@ def test_broken_off_it_goes_on_to_the_same_bits(uninterrupted, tmp_path, capfd, 
     assert capfd.readouterr().out.count("going on from") == 1 and len(list(folder.iterdir())) == 2
     weights = [(at / "lrc/student/model.safetensors").read_bytes() for at in (whole, out)]
     assert weights[0] == weights[1]
-    one, two = [torch.load(at / "lrc/checkpoints/step-0000012.pt") for at in (whole, out)]
-    torch.testing.assert_close(one["student"], two["student"], rtol=0, atol=0)
-    assert str(one["optimizers"]) == str(two["optimizers"])
+    last = [torch.load(at / "lrc/checkpoints/step-0000012.pt") for at in (whole, out)]
+    one, two = [[at["student"], [o["state"] for o in at["optimizers"]]] for at in last]
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
     both = [records_of(at, "lrc") for at in (whole, out)]
     assert both[0] == both[1] and [record["step"] for record in both[0]] == list(range(13))
 
@@ -1331,7 +1348,7 @@ def stop_myself(*_):
         pass
 
 
-SIGNALS = {  # a function of red.py -> (the call at which signals come, how many, steps saved)
+SIGNAL_AT = {  # a function of red.py -> (the call at which signals come, how many, steps saved)
     "calibrate": (lambda *_: True, 1, False),  # not in training: the run ends at once
     "training_step": (lambda *_: True, 2, False),  # and so it does at a second one
     "learning_rate_at": (lambda step, config: step == 1, 1, True),  # in the last step
@@ -1339,17 +1356,23 @@ SIGNALS = {  # a function of red.py -> (the call at which signals come, how many
 }
 
 
-@pytest.mark.parametrize("place", SIGNALS)
+@pytest.mark.parametrize("place", SIGNAL_AT)
 def test_no_signal_is_lost(real, tmp_path, monkeypatch, capsys, place):
     """At the last step the run ends behind it, and the next method is not begun."""
-    now, count, saved = SIGNALS[place]
-    watched(monkeypatch, place, lambda *v: now(*v) and [stop_myself() for _ in range(count)] and 0)
+    now, count, saved = SIGNAL_AT[place]
+
+    def act(*values):
+        for _ in range(count if now(*values) else 0):
+            stop_myself()
+
+    watched(monkeypatch, place, act)
     assert main_of(real, tmp_path / "out", "--methods red pca") == 130
     assert sentence(capsys) == "red.py: interrupted; the same command resumes.\n"
     checkpoints = [path.name for path in (tmp_path / "out").rglob("step-*.pt")]
     assert checkpoints == ["step-0000002.pt"] * saved and not (tmp_path / "out/pca").exists()
 
 
+# red.py with a teacher of three steps and a few questions, for torchrun.
 FEW = """import functools, sys, red
 red.tiny_teacher = functools.partial(red.tiny_teacher, steps=3)
 red.tiny_scores = functools.partial(red.tiny_scores, count=3)
@@ -1391,7 +1414,7 @@ def test_two_processes_train_stop_and_go_on_like_one(tiny, tmp_path, monkeypatch
     assert ended.stdout.count(" x cpu") == ended.stdout.count("step-0000002.pt") == 1  # one speaks
     for one, other in zip(*[records_of(Path(f"runs/{name}")) for name in ("one", "two")]):
         assert ("held_out" in one) == (one["step"] % 2 == 0)
-        one, other = one | one.pop("held_out", {}), other | other.pop("held_out", {})
+        one, other = one.pop("held_out", {}) | one, other.pop("held_out", {}) | other
         for key in {"step", "tokens", "loss", "kl", "gradient_norm", "erank"} & one.keys():
             assert one[key] == pytest.approx(other[key], rel=1e-4), key
     assert other["step"] == 4
@@ -1399,6 +1422,7 @@ def test_two_processes_train_stop_and_go_on_like_one(tiny, tmp_path, monkeypatch
 
 # ---- The command line ------------------------------------------------------------------------
 
+# Flags with their values; the sentence must name the flag.
 WRONG = "ratio 0,ratio nan,ratio half,ratio,steps -1,batch-size 0,seq-len 1,learning-rate inf,"
 WRONG += "calibration-samples 0,temperature 1e300,alpha -0.1,frobnicate,rat 0.5,methods magic,"
 WRONG += "learning-rate 0,dtype float16,eval-problems 0"
@@ -1492,7 +1516,7 @@ def test_the_program_itself_ends_without_a_traceback(real, tmp_path):
     assert ended.returncode == 7 and "red.py" in ended.stdout
 
 
-def test_a_long_way_is_a_line_now_and_then_in_a_file(monkeypatch, capsys):
+def test_without_a_terminal_progress_is_a_few_whole_lines(monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
@@ -1543,7 +1567,8 @@ def test_every_command_and_snippet_of_the_pages_is_one_that_red_understands():
     assert len(commands) > 4
     for command in commands:
         words = shlex.split(command.replace("$seed", "1").replace("...", ""))
-        assert "--help" in words or red.parse_arguments(words).out
+        if "--help" not in words:
+            red.parse_arguments(words)  # raises, if one is not understood
     for text in SNIPPETS:
         compile(text, "README.md", "exec")
         names = set(re.findall(r"\bred\.(\w+)", text)) - {"py"}
