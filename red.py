@@ -89,7 +89,7 @@ class Config:
     optimizer: str = setting("adam", "adam, or muon [new]", choices=("adam", "muon"))
     learning_rate: float | None = setting(None, f"its peak; unset: {LEARNING_RATES}")
     temperature: float = setting(1.0, "softens both distributions in KL")
-    alpha: float = setting(0.2, "weight of the alignment loss, LRC's")
+    alpha: float = setting(0.2, "weight of the alignment loss, as LRC's")
     dtype: str = setting("auto", "of the teacher", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random")
     eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if all is the hub's")
