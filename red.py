@@ -38,7 +38,7 @@ from pathlib import Path
 from statistics import fmean
 
 if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
-    print("red.py is loading torch and transformers", flush=True)  # which takes seconds
+    print("red.py is loading torch and transformers", flush=True)
 
 import huggingface_hub
 import pyarrow.parquet
@@ -54,9 +54,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 # Every choice of a run is one field of one dataclass, with its help text. The defaults suit a small
 # machine; the paper has sequences of 2,048 tokens, 49,152 tokens a step, and 1e-4 [differs].
 METHODS = {  # by where the projections start
-    "red": "the most active channels, the same for all matrices: the paper's method",
+    "red": "the most active channels for all matrices: the paper's method",
     "random-selection": "random channels for all matrices [new]",
-    "pca": "the principal directions of the stream, for all [new, after SliceGPT]",
+    "pca": "principal directions of the stream for all [new, after SliceGPT]",
     "shared-orthogonal": "one random basis for all matrices [new]",
     "orthogonal": "a random basis for each matrix: the paper's ablation",
     "lrc": "random numbers for each matrix: Low-Rank Clone, the baseline",
@@ -511,7 +511,7 @@ def training_step(
     for _ in range(config.grad_accum):
         batch = next(batches, None)
         if batch is None:
-            raise ValueError("the batches have ended before the step is complete")
+            raise ValueError("the batches have ended")
         ids, labels = batch["input_ids"], batch["labels"]
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
         teacher_hidden, seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
@@ -1409,7 +1409,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Config:
         if config.model is None:
             parser.set_defaults(**TINY_DEFAULTS)
             config, rest = parser.parse_known_args(arguments)
-        require(not rest, f"{' '.join(rest)} is not understood; see python red.py --help.")
+        require(not rest, f"{' '.join(rest)} is not understood; see --help.")
     config = Config(**vars(config))
     if config.out is None:  # runs that differ get different folders
         config.out = f"runs/{os.path.basename(os.path.abspath(config.model or 'tiny'))}"
