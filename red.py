@@ -428,57 +428,63 @@ def reference_step(
 
 # ==== The fast step, and the loop (App. F.1) ==================================================
 # Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes what
-# `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not 20),
-# and makes logits for a few tokens at a time (2.7 GiB, not 4.3; SmolLM2, 2 x 512 tokens, one thread
-# of a CPU). Its backward pass has two stages, because the model's weights are cut off from P:
+# `reference_step` does, and does three things otherwise. It merges once for all micro-batches (each
+# further one: 16 s, not 20), makes logits for a few tokens at a time (2.5 GiB, not 4.3; SmolLM2, 2
+# x 512 tokens, one thread of a CPU), and gives autograd the gradients of both losses where they
+# begin. The backward pass has two stages, because the model's weights are cut off from P:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes together take one step on all their batches.
 # To copy it: torch, F, nn, Tensor, Iterator, math, LEARNING_RATES, the sections above, Faster.
-LOGITS_AT_ONCE = 2**24  # 64 MiB of float32
+LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; eight times as many keep a GPU busy
 
 
 def student_forward(
-    student: ProjectedStudent, ids: Tensor, teacher_seen: dict, mean_squares: dict | None = None
-) -> tuple[Tensor, Tensor]:
-    """Run the student: its last hidden states, and its alignment with the teacher (App. B).
+    student: ProjectedStudent, ids: Tensor, teacher_seen: dict, mean_squares: dict
+) -> tuple[Tensor, list[Tensor], list[float]]:
+    """Run the student: its last hidden states, and each module's error with its factor (App. B).
 
-    teacher_seen: by `look_inside`, emptied as it is used. Alignment is a sum over modules of mean
-    squared errors, each divided by the mean square of what the teacher's module puts out, before P
-    [differs; None: plain, as LRC's; the paper's divides by tokens and not by features]."""
+    Alignment is the sum of factor * |error|^2: a mean of squares for each module, divided by the
+    mean square of what the teacher's module puts out, before P [differs; ones: plain, as LRC's; the
+    paper's divides by tokens and not by features]. teacher_seen: by `look_inside`, emptied."""
     errors, factors = [], []
 
     def compare(name, module, inputs, output):
         target = teacher_seen.pop(name)  # (batch, tokens, n), or d_t where it is projected
         if name.endswith(WRITERS):
             target = target @ student.projections[name].to(target.dtype)
-        errors.append(F.mse_loss(output, target))
-        factors.append(1 / mean_squares[name] if mean_squares else 1.0)
+        errors.append(output - target)
+        factors.append(1 / (output.numel() * mean_squares[name]))
 
     with watch(student.model, modules_of(student.model, ALIGNED), compare):
         hidden = last_hidden(student.model, ids)  # (batch, tokens, d_s)
-    factors = torch.tensor(factors, device=hidden.device)  # float32
-    return hidden, (torch.stack(errors) * factors).sum()
+    return hidden, errors, factors
+
+
+def alignment_and_gradients(errors: list, factors: list, weight: float) -> tuple[Tensor, list]:
+    """The alignment of a micro-batch, a scalar, and the gradients of weight * alignment in errors.
+
+    They are 2 * weight * factor * error, and each takes its error's place in memory."""
+    errors = [error.detach() for error in errors]
+    precise = torch.promote_types(errors[0].dtype, torch.float32)
+    squares = torch.stack([error.square().sum(dtype=precise) for error in errors])
+    torch._foreach_mul_(errors, [2 * weight * factor for factor in factors])
+    return squares @ squares.new_tensor(factors), errors
 
 
 def loss_and_gradients(
-    hidden: Tensor,
-    head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    labels: Tensor,
-    temperature: float,
+    hidden: Tensor, teacher_hidden: Tensor, heads: tuple, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """KL and cross-entropy of a micro-batch, (2,), and the gradient of their sum in `hidden`.
 
-    hidden (batch, tokens, d_s) and head (vocabulary, d_s) make logits; labels: (batch, tokens). The
-    losses are sums over labels, in nats. The gradient in the head is added to head.grad. Logits are
-    the largest tensors of a step: only those of a few tokens exist at a time."""
+    heads: the student's, (vocabulary, d_s), whose gradient is added to its grad, and the teacher's.
+    hidden: (batch, tokens, d_s); labels: (batch, tokens). The losses are sums over labels, in nats.
+    Logits are the largest tensors of a step: only those of a few tokens exist at a time."""
+    head, teacher_head = heads
     labelled = labels[:, 1:] != -100
     targets = labels[:, 1:][labelled].to(hidden.device)  # (labels,)
     states = hidden.detach()[:, :-1][labelled]  # (labels, d_s)
     teacher_states = teacher_hidden[:, :-1][labelled]  # (labels, d_t)
-    # A GPU needs larger matrix products to be busy.
     size = max(1, LOGITS_AT_ONCE * (8 if head.is_cuda else 1) // len(head))
     losses, gradients = torch.zeros(2, device=hidden.device), []
     parts = [tensor.split(size) for tensor in (states, teacher_states, targets)]
@@ -499,15 +505,15 @@ def training_step(
     student: ProjectedStudent,
     batches: Iterator[dict],
     config: "Config",
-    mean_squares: dict | None = None,
+    mean_squares: dict,
 ) -> dict:
     """The gradients of one optimiser step, left in the student's projections and gains.
 
     Takes config.grad_accum batches; ValueError: they have ended. Returns "tokens", the loss, KL +
     cross-entropy + alpha * alignment (App. B), a mean over labels [differs], and its terms."""
     student.merge()
-    head, teacher_head = student.model.lm_head.weight, teacher.lm_head.weight
-    sums, label_count, tokens = torch.zeros(3, device=head.device), 0, 0
+    heads = (student.model.lm_head.weight, teacher.lm_head.weight)
+    sums, label_count, tokens = torch.zeros(3, device=teacher.device), 0, 0
     for _ in range(config.grad_accum):
         batch = next(batches, None)
         if batch is None:
@@ -515,19 +521,19 @@ def training_step(
         ids, labels = batch["input_ids"], batch["labels"]
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
         teacher_hidden, seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
-        hidden, alignment = student_forward(student, ids, seen, mean_squares)
-        outputs = (hidden, head, teacher_hidden, teacher_head)
+        hidden, errors, factors = student_forward(student, ids, seen, mean_squares)
+        outputs = (hidden, teacher_hidden, heads)
         losses, gradient = loss_and_gradients(*outputs, labels, config.temperature)
-        # head.grad is complete. The alignment, a mean over tokens, weighs like sums over labels.
-        ends = [hidden, config.alpha * count * alignment]
-        torch.autograd.backward(ends, [gradient, None])
-        sums += torch.cat([losses, count * alignment.detach()[None]])
+        # The alignment, a mean over tokens, weighs like sums over labels. head.grad is complete.
+        alignment, error_gradients = alignment_and_gradients(errors, factors, config.alpha * count)
+        torch.autograd.backward([hidden, *errors], [gradient, *error_gradients])
+        sums += torch.cat([losses, count * alignment[None]])
         label_count, tokens = label_count + count, tokens + ids.numel()
 
     student.carry_back()
     # Everything is a sum over labels so far. Divided by how many there are, it is a mean.
     gradients = [parameter.grad for parameter in student.parameters()]
-    counts = torch.tensor([label_count, tokens], device=head.device)
+    counts = torch.tensor([label_count, tokens], device=teacher.device)
     add_over_processes([*gradients, sums, counts])
     all_labels, all_tokens = counts.clamp_min(1)
     torch._foreach_div_(gradients, all_labels)
@@ -548,7 +554,7 @@ def distill(
     student: ProjectedStudent,
     batches: Iterator[dict],
     config: "Config",
-    mean_squares: dict | None = None,
+    mean_squares: dict,
     optimizers: list | None = None,
     done: int = 0,
 ) -> Iterator[dict]:
@@ -949,7 +955,6 @@ def adapt_to_others(folder: Path, as_llama: bool):
         values["model_type"] = "llama"
         values["architectures"] = ["LlamaForCausalLM"]
         values["attention_bias"] = True
-        values["mlp_bias"] = False
     write(folder / "config.json", values)
     text = (folder / "tokenizer_config.json").read_text("utf-8")
     text = text.replace("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -960,7 +965,7 @@ def adapt_to_others(folder: Path, as_llama: bool):
 
 
 def files_of(source: str | None) -> list[Path]:
-    """The files that `source` names: a file, a folder's, a pattern's. None of them: try the hub."""
+    """The files that `source` names: a file, a folder's, a pattern's, each once. None: the hub?"""
     source, visited = source or "", set()
     if os.path.isfile(source):
         return [Path(source)]
@@ -970,7 +975,6 @@ def files_of(source: str | None) -> list[Path]:
         new = os.path.realpath(folder) not in visited  # links may lead in a circle
         visited.add(os.path.realpath(folder))
         folders[:] = [name for name in folders if new and not name.startswith(".")]
-    # Links may lead to a file more than once, too.
     files = {os.path.realpath(name): Path(name) for name in sorted(names, reverse=True)}
     return sorted(filter(Path.is_file, files.values()))
 
@@ -1003,9 +1007,8 @@ def document_of(row: dict, where: str) -> dict:
     require(known, f"{where} lacks a `text`, or `question` and `answer`; it has {', '.join(row)}.")
     names = ("question", "answer") if asked else ("text",)  # others may be of any type
     values = ["" if row.get(name) is None else row[name] for name in names]
-    for name, value in zip(names, values):
-        usable = isinstance(value, str | int | float)
-        require(usable, f"{where} has a {type(value).__name__} as its {name}, not a string.")
+    usable = all(isinstance(value, str | int | float) for value in values)
+    require(usable, f"{where} has no string as its {' or '.join(names)}.")
     prompt = f"Question: {values[0]}\nAnswer: " if asked else ""
     return {"prompt": prompt, "answer": str(values[-1])}
 
@@ -1223,8 +1226,7 @@ def write(path: Path, value):
 def settings_of(config: Config) -> dict:
     """What identifies a run: settings, kind of device, names and sizes of local files."""
     settings = {k: v for k, v in vars(config).items() if k not in NOT_IDENTITY}
-    settings["processes"] = world_size()
-    settings["dtype"] = str(choose_dtype(config))
+    settings |= {"processes": world_size(), "dtype": str(choose_dtype(config))}
     settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     model = config.model or TINY_CONFIG.parent
     for source in (f"{model}/*.json", f"{model}/*.safetensors", config.data, config.eval_data):
@@ -1325,12 +1327,11 @@ def run(config: Config):
     if rank() == 0:
         open_folder(out, settings_of(config))
         if (out / "summary.json").is_file():  # what earlier commands finished
-            rows = json.loads((out / "summary.json").read_text("utf-8"))
+            with as_user_error(f"{out}/summary.json is damaged ({{}}); move it away."):
+                rows = dict(json.loads((out / "summary.json").read_text("utf-8")))
     rows = gather(rows)[0]
-    missing = []
-    for method in dict.fromkeys(config.methods):
-        if method not in rows or not (out / method / "student" / "config.json").is_file():
-            missing.append(method)
+    finished = [name for name in rows if (out / name / "student" / "config.json").is_file()]
+    missing = [method for method in dict.fromkeys(config.methods) if method not in finished]
     if missing:
         task = open_task(config)
         teacher, width = task.teacher, choose_width(config.ratio, task.teacher.config)

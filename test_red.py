@@ -303,7 +303,7 @@ def test_merged_is_projected_and_exported_is_merged_for_anyone_to_read(family, m
         expected |= {"rope_theta": 5e3, "rope_scaling": LLAMA3}  # for transformers 4 and MLX
     if family in ("qwen2", "qwen2-tied"):
         expected |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        expected |= {"attention_bias": True, "mlp_bias": False}
+        expected |= {"attention_bias": True}
     stored = json.loads((tmp_path / "config.json").read_text())
     assert {key for key, value in stored.items() if value != expected.get(key, ...)} == set()
     assert {"rope_theta", "head_dim"} <= stored.keys() and "quantization_config" not in stored
@@ -362,8 +362,7 @@ def test_reference_step_equals_plain_autograd_and_training_step_equals_it(
     student, calibration = make_student(teacher, method, shaken=True)
     squares = calibration.mean_squares if method == "red" else dict.fromkeys(LINEAR, 1.0)
     config, before = red.Config(temperature=2.0, alpha=0.3, grad_accum=4), copy.deepcopy(teacher)
-    options = (config, squares if method == "red" else None)
-    totals = red.training_step(teacher, student, iter(batches), *options)
+    totals = red.training_step(teacher, student, iter(batches), config, squares)
     fast, loss, reference = gradients_of(student), 0.0, [0.0] * len(student.parameters())
     assert all(map(torch.equal, teacher.parameters(), before.parameters()))
     counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
@@ -372,7 +371,7 @@ def test_reference_step_equals_plain_autograd_and_training_step_equals_it(
         share = count / sum(counts)
         loss += share * red.reference_step(teacher, student, batch, config, squares).item()
         reference = [total + share * one for total, one in zip(reference, gradients_of(student))]
-    nothing = red.training_step(teacher, student, itertools.repeat(batches[3]), *options)
+    nothing = red.training_step(teacher, student, iter(batches[3:] * 4), config, squares)
     assert nothing["loss"] == 0 and all(one.abs().max() == 0 for one in gradients_of(student))
     wrap_in_projections(student, teacher, method)
     terms, gradients = step_by_hand(teacher, student, batches, config, squares)
@@ -395,6 +394,12 @@ def test_losses_are_added_up_in_float32(dtype):
         flat = (one[:, :-1].flatten(0, 1) for one in (q, p))
         got = red.kl_and_cross_entropy(*flat, labels[:, 1:].flatten(), temperature)
         assert torch.stack(got).tolist() == pytest.approx(torch.stack(expected).tolist(), rel=1e-4)
+    errors = list(torch.randn(2, 3, 500, 60).to(dtype))
+    expected = 0.25 * errors[0].double().square().sum() + 2 * errors[1].double().square().sum()
+    wanted = [(1.5 * error).to(dtype) for error in (errors[0] * 1, errors[1] * 8)]
+    got, gradients = red.alignment_and_gradients(errors, [0.25, 2.0], 3.0)
+    assert got.item() == pytest.approx(expected.item(), rel=1e-3)  # squares in this type
+    torch.testing.assert_close(gradients, wanted)
 
 
 @both_optimizers
@@ -439,7 +444,8 @@ def test_training_is_a_reference_written_out(method, optimizer):
 @both_optimizers
 def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(optimizer, wrong):
     """Where the loss is not, or only a gradient."""
-    student, _ = make_student(teacher := make_teacher())
+    student, calibration = make_student(teacher := make_teacher())
+    squares = calibration.mean_squares
     bad, records, seen = {1, 2, *range(5, 16)}, [], []
     gain, config = teacher.model.norm.weight[0].item(), red.Config(steps=20, optimizer=optimizer)
 
@@ -455,7 +461,7 @@ def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(o
 
     student.gains["model.norm"].register_hook(explode)
     with pytest.raises(FloatingPointError):
-        for record in red.distill(teacher, student, batches(), config):
+        for record in red.distill(teacher, student, batches(), config, squares):
             records.append(json.loads(json.dumps(record)))
     assert [record["skipped"] for record in records] == [i in bad for i in range(14)]
     assert (records[1]["loss"] is None) == (wrong == "loss") and "NaN" not in json.dumps(records)
@@ -464,7 +470,7 @@ def test_steps_that_are_not_finite_change_nothing_and_ten_in_a_row_end_the_run(o
     few, bad = red.Config(steps=4, optimizer=optimizer), range(4)
     seen.clear()
     with pytest.raises(FloatingPointError):  # at the last of fewer steps
-        list(red.distill(teacher, student, batches(), few))
+        list(red.distill(teacher, student, batches(), few, squares))
     assert len(seen) == 4
 
 
@@ -831,8 +837,8 @@ TEXTS = {  # name -> (files: content, or columns of a parquet; the texts of thei
     "no rows": ({"a.parquet": {"text": []}, "b.txt": "one"}, ["one"]),
 }
 REFUSED = {  # name -> (files, what the sentence says)
-    "a list": ({"a.jsonl": '{"text": "a"}\n{"text": ["a", "b"]}'}, r"row 2 of .*a\.jsonl.* list"),
-    "an object": ({"a.jsonl": '{"question": "a", "answer": {"b": 1}}'}, "row 1 of .* dict"),
+    "a list": ({"a.jsonl": '{"text": "a"}\n{"text": ["a", "b"]}'}, r"row 2 of .*a\.jsonl.* text"),
+    "an object": ({"a.jsonl": '{"question": "a", "answer": {"b": 1}}'}, "row 1 of .* or answer"),
     "chats": ({"a.jsonl": '{"text": "a"}\n{"messages": []}'}, "row 2 of .*it has messages"),
     "no objects": ({"a.json": '["one"]'}, "row 1 of .*no object"),
     "broken rows": ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, r"cannot read .*a\.jsonl"),
@@ -1048,6 +1054,10 @@ def test_a_run_writes_metrics_summary_and_student_and_is_not_repeated(
             patch.setattr(red, name, None)
         shutil.rmtree(out / "red/checkpoints")
         assert red.main(words) == 0 and summary_of(out) == rows
+    whole = (out / "summary.json").read_text()
+    (out / "summary.json").write_text(whole[:-9])
+    assert red.main(words) == 2 and "summary.json is damaged" in sentence(capsys)
+    (out / "summary.json").write_text(whole)
     measured.reset_mock()
     assert red.main([*words, *"--methods pca --save-every 1".split()]) == 0
     assert measured.call_count == 3  # the start, and both steps; not the teacher again
