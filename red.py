@@ -7,8 +7,8 @@ Activation-aware Initialization", ICML 2026, arXiv 2605.29327, as read in v1. Wh
     new_student           every weight is the teacher's, seen through a projection (§3, App. C);
                           RED starts all projections as one selection of channels (§5)
     distill               Adam trains projections and gains (App. F.1); training_step adds up
-      student_forward       how far the student's activations are from the teacher's (App. B),
-      loss_and_gradients    and how far its predictions are: KL and cross-entropy (App. B)
+      alignment_loss        how far the student's activations are from the teacher's (App. B),
+      token_losses          and how far its predictions are: KL and cross-entropy (App. B)
     measure_model         held-out loss, effective rank, reasoning (§4, §6)
     export_student        the merged student is an ordinary checkpoint, only narrower (App. C)
 
@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ==== Settings ================================================================================
 # Every choice of a run is one field of one dataclass, with its help text. The defaults suit a small
-# machine; the paper has sequences of 2,048 tokens, 49,152 tokens a step, and 1e-4 [differs].
+# machine; the paper's RED-1.5B has 2,048 tokens a sequence, 49,152 a step, and 1e-4 [differs].
 METHODS = {  # by where the projections start
     "red": "the most active channels for all matrices: the paper's method",
     "random-selection": "random channels for all matrices [new]",
@@ -135,7 +135,7 @@ def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def look_inside(model: nn.Module, ids: Tensor, names: Iterable[str]) -> tuple[Tensor, dict]:
-    """Run a model: its last hidden states, and what each named norm takes in or other puts out."""
+    """Run a model: its last hidden states; the named modules' outputs, or a norm's input."""
     seen = {}
 
     def look(name, module, inputs, output):
@@ -171,7 +171,7 @@ class Calibration:
     """What the teacher shows on a few sequences (§5). The first is the paper's, two are [new]."""
 
     importance: Tensor  # (d_t,), by Eqs. 9-10
-    moments: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens u, each of norm 1
+    moments: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens u of length 1
     mean_squares: dict[str, float]  # aligned module -> mean square of what it puts out, before P
 
 
@@ -318,7 +318,7 @@ def initial_projection(
     if method == "random-selection":
         shuffled = torch.randperm(teacher_width, generator=generator)
         return selection_matrix(shuffled[:student_width].sort().values, teacher_width)
-    if method == "pca":  # the leading eigenvectors of the stream's second moment, all norms equal
+    if method == "pca":  # leading eigenvectors of the stream's second moment, summed over norms
         moment = sum(calibration.moments.values()).double()  # (d_t, d_t)
         leading_first = torch.linalg.eigh(moment).eigenvectors.flip(1)
         return leading_first[:, :student_width].float().cpu()
@@ -402,7 +402,7 @@ def reference_step(
     """The loss of one batch, a scalar, and its gradients, as the formulas read (§3, App. B).
 
     The gradients are left in the student's projections and gains. mean_squares: as in Calibration;
-    ones give LRC's alignment. `training_step` computes the same faster, its losses in float32."""
+    ones give LRC's alignment. `training_step` does this faster, and adds losses up in float32."""
     names, ids, temperature = modules_of(teacher, ALIGNED), batch["input_ids"], config.temperature
     teacher_hidden, teacher_seen = look_inside(teacher, ids, names)
     weights, seen = student.weights(), {}  # W_t @ P and P.T @ W_t
@@ -413,7 +413,7 @@ def reference_step(
         target = teacher_seen[name]  # (batch, tokens, n)
         if name.endswith(WRITERS):  # through P, which learns, too [reading]
             target = target @ student.projections[name].to(target.dtype)
-        alignment = alignment + F.mse_loss(seen[name], target) / mean_squares[name]
+        alignment = alignment + F.mse_loss(seen[name], target) / mean_squares[name]  # [differs]
 
     labelled = batch["labels"][:, 1:] != -100
     q_logits = output.logits[:, :-1][labelled]  # (labels, vocabulary)
@@ -427,15 +427,15 @@ def reference_step(
 
 
 # ==== The fast step, and the loop (App. F.1) ==================================================
-# Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes what
-# `reference_step` does, and does three things otherwise. It merges once for all micro-batches (each
-# further one: 16 s, not 20), makes logits for a few tokens at a time (2.5 GiB, not 4.3; SmolLM2, 2
-# x 512 tokens, one thread of a CPU), and gives autograd the gradients of both losses where they
-# begin. The backward pass has two stages, because the model's weights are cut off from P:
+# Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes for a batch
+# what `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not
+# 20), makes the logits of a few tokens at a time, and keeps each error's gradient in the error's
+# memory (2.5 GiB, not 4.3; SmolLM2, 2 x 512 tokens, one thread of a CPU). The backward pass has two
+# stages, because W_s is cut off from P; only the targets of o and down reach P in the first:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes together take one step on all their batches.
-# To copy it: torch, F, nn, Tensor, Iterator, math, LEARNING_RATES, the sections above, Faster.
+# To copy it: torch, nn, Tensor, Iterator, math, LEARNING_RATES, the sections above, Faster.
 LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; eight times as many keep a GPU busy
 
 
@@ -444,9 +444,9 @@ def student_forward(
 ) -> tuple[Tensor, list[Tensor], list[float]]:
     """Run the student: its last hidden states, and each module's error with its factor (App. B).
 
-    Alignment is the sum of factor * |error|^2: a mean of squares for each module, divided by the
-    mean square of what the teacher's module puts out, before P [differs; ones: plain, as LRC's; the
-    paper's divides by tokens and not by features]. teacher_seen: by `look_inside`, emptied."""
+    Alignment is the sum of factor * |error|^2: mean squared errors, each over the mean square of
+    the teacher's output, before P, or a few massive activations would rule the sum [differs; ones:
+    LRC's; the paper's: over tokens, not features]. teacher_seen: by `look_inside`, emptied."""
     errors, factors = [], []
 
     def compare(name, module, inputs, output):
@@ -461,25 +461,25 @@ def student_forward(
     return hidden, errors, factors
 
 
-def alignment_and_gradients(errors: list, factors: list, weight: float) -> tuple[Tensor, list]:
-    """The alignment of a micro-batch, a scalar, and the gradients of weight * alignment in errors.
-
-    They are 2 * weight * factor * error, and each takes its error's place in memory."""
-    errors = [error.detach() for error in errors]
+def alignment_loss(errors: list, factors: list, weight: float) -> tuple[Tensor, list]:
+    """The alignment of a micro-batch (App. B), a scalar, and the gradients of weight * alignment in
+    errors, (batch, tokens, n) each: 2 * weight * factor * error. The gradients overwrite the errors
+    in memory; what remains of use in the errors is their graph, for the backward pass."""
+    gradients = [error.detach() for error in errors]  # shares memory: so far these are the errors
     precise = torch.promote_types(errors[0].dtype, torch.float32)
-    squares = torch.stack([error.square().sum(dtype=precise) for error in errors])
-    torch._foreach_mul_(errors, [2 * weight * factor for factor in factors])
-    return squares @ squares.new_tensor(factors), errors
+    squares = torch.stack([error.square().sum(dtype=precise) for error in gradients])
+    torch._foreach_mul_(gradients, [2 * weight * factor for factor in factors])
+    return squares @ squares.new_tensor(factors), gradients
 
 
-def loss_and_gradients(
+def token_losses(
     hidden: Tensor, teacher_hidden: Tensor, heads: tuple, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """KL and cross-entropy of a micro-batch, (2,), and the gradient of their sum in `hidden`.
 
-    heads: the student's, (vocabulary, d_s), whose gradient is added to its grad, and the teacher's.
-    hidden: (batch, tokens, d_s); labels: (batch, tokens). The losses are sums over labels, in nats.
-    Logits are the largest tensors of a step: only those of a few tokens exist at a time."""
+    hidden: (batch, tokens, d_s or d_t); heads: (vocabulary, d_s) and (vocabulary, d_t), of which
+    the student's gets its gradient here, added to its grad. labels: (batch, tokens). The losses are
+    sums over labels (App. B). Logits are large: only those of a few tokens exist at a time."""
     head, teacher_head = heads
     labelled = labels[:, 1:] != -100
     targets = labels[:, 1:][labelled].to(hidden.device)  # (labels,)
@@ -489,7 +489,7 @@ def loss_and_gradients(
     losses, gradients = torch.zeros(2, device=hidden.device), []
     parts = [tensor.split(size) for tensor in (states, teacher_states, targets)]
     for part, teacher_part, wanted in zip(*parts):
-        part.requires_grad_()  # a leaf: the backward pass ends here, and the logits are gone
+        part.requires_grad_()  # a leaf: backward stops here, and the logits are freed
         logits, teacher_logits = part @ head.T, teacher_part @ teacher_head.T
         both = torch.stack(kl_and_cross_entropy(logits, teacher_logits, wanted, temperature))
         both.sum().backward()
@@ -509,8 +509,8 @@ def training_step(
 ) -> dict:
     """The gradients of one optimiser step, left in the student's projections and gains.
 
-    Takes config.grad_accum batches; ValueError: they have ended. Returns "tokens", the loss, KL +
-    cross-entropy + alpha * alignment (App. B), a mean over labels [differs], and its terms."""
+    Takes config.grad_accum batches; ValueError: they have ended. Returns scalars: "loss" (App. B),
+    its terms "kl", "cross_entropy" (means over labels [differs]) and "alignment"; and "tokens"."""
     student.merge()
     heads = (student.model.lm_head.weight, teacher.lm_head.weight)
     sums, label_count, tokens = torch.zeros(3, device=teacher.device), 0, 0
@@ -520,13 +520,13 @@ def training_step(
             raise ValueError("the batches have ended")
         ids, labels = batch["input_ids"], batch["labels"]
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
-        teacher_hidden, seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
-        hidden, errors, factors = student_forward(student, ids, seen, mean_squares)
-        outputs = (hidden, teacher_hidden, heads)
-        losses, gradient = loss_and_gradients(*outputs, labels, config.temperature)
-        # The alignment, a mean over tokens, weighs like sums over labels. head.grad is complete.
-        alignment, error_gradients = alignment_and_gradients(errors, factors, config.alpha * count)
+        teacher_hidden, teacher_seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
+        hidden, errors, factors = student_forward(student, ids, teacher_seen, mean_squares)
+        losses, gradient = token_losses(hidden, teacher_hidden, heads, labels, config.temperature)
+        # Times its labels, the alignment, a mean over tokens, adds up as the sums over labels do.
+        alignment, error_gradients = alignment_loss(errors, factors, config.alpha * count)
         torch.autograd.backward([hidden, *errors], [gradient, *error_gradients])
+        del errors, error_gradients  # they share memory, which the next micro-batch needs
         sums += torch.cat([losses, count * alignment[None]])
         label_count, tokens = label_count + count, tokens + ids.numel()
 
@@ -537,9 +537,9 @@ def training_step(
     add_over_processes([*gradients, sums, counts])
     all_labels, all_tokens = counts.clamp_min(1)
     torch._foreach_div_(gradients, all_labels)
-    kl, cross_entropy, distance = sums / all_labels
-    terms = {"kl": kl, "cross_entropy": cross_entropy, "alignment": distance, "tokens": all_tokens}
-    return {"loss": kl + cross_entropy + config.alpha * distance} | terms
+    kl, cross_entropy, alignment = sums / all_labels
+    terms = {"kl": kl, "cross_entropy": cross_entropy, "alignment": alignment, "tokens": all_tokens}
+    return {"loss": kl + cross_entropy + config.alpha * alignment} | terms
 
 
 def learning_rate_at(step: int, config: "Config") -> float:
@@ -560,8 +560,8 @@ def distill(
 ) -> Iterator[dict]:
     """Train the student in place (App. F.1). A generator: each iteration is one step, a dict.
 
-    A step that is not finite changes nothing; ten in a row raise FloatingPointError. done: steps
-    already taken. In the loop, call student.merge() before you use student.model."""
+    A step that is not finite changes nothing; FloatingPointError: ten in a row (or all) are not.
+    done: steps already taken. In the loop, call student.merge() before you use student.model."""
     optimizers = optimizers or make_optimizers(student, config)
     failures = 0
     for step in range(done, config.steps):
@@ -575,7 +575,7 @@ def distill(
                 optimizer.step()
             optimizer.zero_grad()
         failures = 0 if finite else failures + 1
-        if failures == min(10, config.steps):
+        if failures == min(10, config.steps - done):
             raise FloatingPointError(f"{failures} steps in a row are not finite")
         record = {k: float(v) if math.isfinite(v) else None for k, v in record.items()}  # for JSON
         yield record | {"step": step + 1, "skipped": not finite}
@@ -593,7 +593,7 @@ def distill(
 def effective_rank(hidden: Tensor) -> float:
     """eRank = exp(-sum r ln r), with r = eigenvalues of the covariance / their sum (§4).
 
-    hidden: (..., d), all leading dimensions are tokens: centred, then each scaled to norm 1. From 1
+    hidden: (..., d), all leading dimensions are tokens: centred, then each of length 1. From 1
     to min(tokens - 1, d), or 0.0 where tokens are equal up to the rounding of hidden's type. Roy
     and Vetterli's own takes singular values, uncentred: another scale. ValueError: not finite."""
     tokens = hidden.detach().reshape(-1, hidden.shape[-1]).double()  # (tokens, d)
@@ -601,7 +601,7 @@ def effective_rank(hidden: Tensor) -> float:
         raise ValueError("effective_rank needs finite values")
     centred = tokens - tokens.mean(0)
     norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
-    # What rounding leaves of a token at the mean must not be scaled up to norm 1.
+    # What rounding leaves of a token at the mean must not be scaled up to length 1.
     rounding = torch.finfo(hidden.dtype).eps * torch.linalg.vector_norm(tokens, dim=-1)
     unit = torch.where(norms > 2 * rounding[:, None], centred / norms, 0.0)
     values = torch.linalg.eigvalsh(unit.T @ unit).clamp_min(0)  # (d,)
@@ -652,8 +652,8 @@ def encode_answer(prompt: str, answer: str, tokenizer) -> dict:
 
 @torch.no_grad()
 def result_scores(model: nn.Module, groups: Iterable[list[dict]]) -> dict:
-    """Shares of `results` and `other_tokens` in groups of encoded answers that the model would
-    write, given all the true text before them [new]."""
+    """Shares of `results` and of `other_tokens` that the model would write in encoded answers, each
+    token given all the true text before it [new]. groups: lists of `encode_answer`."""
     results, others = [], []
     for group in groups:
         # Padded on the right, where a causal model does not look: no mask is needed.
@@ -965,7 +965,7 @@ def adapt_to_others(folder: Path, as_llama: bool):
 
 
 def files_of(source: str | None) -> list[Path]:
-    """The files that `source` names: a file, a folder's, a pattern's, each once. None: the hub?"""
+    """The files that `source` names: a file, a folder's, a pattern's, each once; or none."""
     source, visited = source or "", set()
     if os.path.isfile(source):
         return [Path(source)]

@@ -397,7 +397,7 @@ def test_losses_are_added_up_in_float32(dtype):
     errors = list(torch.randn(2, 3, 500, 60).to(dtype))
     expected = 0.25 * errors[0].double().square().sum() + 2 * errors[1].double().square().sum()
     wanted = [(1.5 * error).to(dtype) for error in (errors[0] * 1, errors[1] * 8)]
-    got, gradients = red.alignment_and_gradients(errors, [0.25, 2.0], 3.0)
+    got, gradients = red.alignment_loss(errors, [0.25, 2.0], 3.0)
     assert got.item() == pytest.approx(expected.item(), rel=1e-3)  # squares in this type
     torch.testing.assert_close(gradients, wanted)
 
