@@ -55,9 +55,9 @@ def main(folder, source, optimizer="adam", rate="1e-4"):
     teacher, tokenizer = red.load_teacher(folder)
     task = red.Task(teacher, tokenizer)
     batches = [next(red.packed(red.open_documents(source, "text"), task, 15, 278, []))]
-    block = f"model.layers.{2 * len(teacher.model.layers) // 3}"
+    block = f"model.layers.{2 * len(teacher.model.layers) // 3 - 1}"
     _, seen = red.look_inside(teacher, batches[0]["input_ids"].to(teacher.device), [block])
-    states = seen[block][0].flatten(0, 1)[:4169].float().cpu()
+    states = seen[block].flatten(0, 1)[:4169].float().cpu()
     states = states / states.square().mean(-1, keepdim=True).sqrt()
     narrow = round(states.shape[1] * 1200 / 3072)
     importance = red.calibrate(teacher, batches).importance.cpu()
