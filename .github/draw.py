@@ -3,7 +3,7 @@
     python .github/draw.py OUT             a run's held-out loss and effective rank: OUT/curves.png
     python .github/draw.py --study RUNS    pictures of README and study, beside this
 
-RUNS holds the study's runs, named as in its commands: sSTEPS-OPTIMIZER-SEED are the tiny world's,
+RUNS holds the study's runs: s70-adam-SEED are the tiny world's, with all starts for seeds 0 to 2,
 long-OPTIMIZER-METHOD a real teacher's; kept.json and watch-OPTIMIZER.jsonl are what
 .github/watch.py writes. A picture whose runs are not there is left as it is.
 """
