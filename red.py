@@ -352,9 +352,8 @@ def new_student(
 ) -> ProjectedStudent:
     """A student at the start of its training, by any of METHODS (§3, §5).
 
-    A rotation cannot carry the teacher's gains along: they are folded into the readers. The head
-    reads what a norm puts out and the embedding does not, so a tied head is untied then [reading].
-    """
+    A rotation cannot carry the teacher's gains along: they are folded into the readers. Only the
+    head reads what a norm puts out, not the embedding: a tied head is untied then [reading]."""
     fold = method in ("pca", "orthogonal", "shared-orthogonal")
     model = narrow_model(teacher, student_config(teacher.config, student_width, untie=fold))
     readers = READERS[:-1] if model.config.tie_word_embeddings else READERS
@@ -429,9 +428,9 @@ def reference_step(
 # ==== The fast step, and the loop (App. F.1) ==================================================
 # Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes for a batch
 # what `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not
-# 20), makes the logits of a few tokens at a time, and keeps each error's gradient in the error's
-# memory (2.5 GiB, not 4.3; SmolLM2, 2 x 512 tokens, one thread of a CPU). The backward pass has two
-# stages, because W_s is cut off from P; only the targets of o and down reach P in the first:
+# 20), makes the logits of a few tokens at a time (2.7 GiB, not 4.3), and keeps the gradient of each
+# error in the error's memory (2.5 GiB; SmolLM2, 2 x 512 tokens, one CPU thread). The backward pass
+# has two stages, as W_s is cut off from P; only the targets of o and down reach P in the first:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes together take one step on all their batches.
@@ -935,7 +934,7 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
     with as_user_error(f"cannot write {folder} ({{}}); the same command resumes."):
         if as_llama:
             for name in modules_of(model, ("o_proj",)):
-                weights[f"{name}.bias"] = torch.zeros_like(weights[f"{name}.weight"][:, 0])
+                weights[f"{name}.bias"] = torch.zeros(model.config.hidden_size, dtype=model.dtype)
         model.save_pretrained(folder, state_dict=weights)
         task.tokenizer.save_pretrained(folder)
         adapt_to_others(folder, as_llama)
@@ -1226,7 +1225,8 @@ def write(path: Path, value):
 def settings_of(config: Config) -> dict:
     """What identifies a run: settings, kind of device, names and sizes of local files."""
     settings = {k: v for k, v in vars(config).items() if k not in NOT_IDENTITY}
-    settings |= {"processes": world_size(), "dtype": str(choose_dtype(config))}
+    settings["processes"] = world_size()
+    settings["dtype"] = str(choose_dtype(config))
     settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     model = config.model or TINY_CONFIG.parent
     for source in (f"{model}/*.json", f"{model}/*.safetensors", config.data, config.eval_data):
@@ -1416,7 +1416,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Config:
         config.out = f"runs/{os.path.basename(os.path.abspath(config.model or 'tiny'))}"
         for name, value in vars(config).items():
             if value != parser.get_default(name) and name not in ("model", *NOT_IDENTITY):
-                config.out += f"-{name}-{value}".replace("_", "-").replace("/", "-")
+                config.out += re.sub("[_/]", "-", f"-{name}-{value}")
         config.out = config.out[:200]
     if config.learning_rate is None:
         rates = LEARNING_RATES if config.model else TINY_LEARNING_RATES
