@@ -521,9 +521,9 @@ def training_step(
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
         teacher_hidden, teacher_seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
         hidden, errors, factors = student_forward(student, ids, teacher_seen, mean_squares)
-        losses, gradient = token_losses(hidden, teacher_hidden, heads, labels, config.temperature)
         # Times its labels, the alignment, a mean over tokens, adds up as the sums over labels do.
         alignment, error_gradients = alignment_loss(errors, factors, config.alpha * count)
+        losses, gradient = token_losses(hidden, teacher_hidden, heads, labels, config.temperature)
         torch.autograd.backward([hidden, *errors], [gradient, *error_gradients])
         del errors, error_gradients  # they share memory, which the next micro-batch needs
         sums += torch.cat([losses, count * alignment[None]])
