@@ -31,7 +31,6 @@ import re
 import signal
 import sys
 import time
-import types
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -68,9 +67,8 @@ TINY_LEARNING_RATES = {"adam": 1e-2, "muon": 3e-2}
 def setting(default, help: str, **options):
     """One field of Config: its default and its line in --help."""
     options |= {"help": help if default is None else f"{help} (default: {default})"}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=options)
-    return dataclasses.field(default=default, metadata=options)
+    # A factory, because Configs must not share a list.
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=options)
 
 
 @dataclasses.dataclass
@@ -172,7 +170,7 @@ class Calibration:
 
     importance: Tensor  # (d_t,), by Eqs. 9-10
     moments: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens u of length 1
-    mean_squares: dict[str, float]  # aligned module -> mean square of what it puts out, before P
+    teacher_mean_squares: dict[str, float]  # aligned module -> that of what it puts out, before P
 
 
 def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
@@ -197,8 +195,8 @@ def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
     if not torch.isfinite(importance).all():
         raise FloatingPointError("the teacher's activations are not finite")
     moments = {name: total / count for name, total in moments.items()}
-    mean_squares = {name: max(total / count, 1e-12) for name, total in squares.items()}
-    return Calibration(importance, moments, mean_squares)
+    teacher_mean_squares = {name: max(total / count, 1e-12) for name, total in squares.items()}
+    return Calibration(importance, moments, teacher_mean_squares)
 
 
 # ==== The projected student and its merge (§3, App. C) ========================================
@@ -396,12 +394,16 @@ def kl_and_cross_entropy(
 
 
 def reference_step(
-    teacher: nn.Module, student: ProjectedStudent, batch: dict, config: "Config", mean_squares: dict
+    teacher: nn.Module,
+    student: ProjectedStudent,
+    batch: dict,
+    config: "Config",
+    teacher_mean_squares: dict,
 ) -> Tensor:
     """The loss of one batch, a scalar, and its gradients, as the formulas read (§3, App. B).
 
-    The gradients are left in the student's projections and gains. mean_squares: as in Calibration;
-    ones give LRC's alignment. `training_step` does this faster, and adds losses up in float32."""
+    The gradients are left in the student's projections and gains. teacher_mean_squares: as in
+    Calibration; ones give LRC's. `training_step` does this faster, adding losses up in float32."""
     names, ids, temperature = modules_of(teacher, ALIGNED), batch["input_ids"], config.temperature
     teacher_hidden, teacher_seen = look_inside(teacher, ids, names)
     weights, seen = student.weights(), {}  # W_t @ P and P.T @ W_t
@@ -412,7 +414,7 @@ def reference_step(
         target = teacher_seen[name]  # (batch, tokens, n)
         if name.endswith(WRITERS):  # through P, which learns, too [reading]
             target = target @ student.projections[name].to(target.dtype)
-        alignment = alignment + F.mse_loss(seen[name], target) / mean_squares[name]  # [differs]
+        alignment += F.mse_loss(seen[name], target) / teacher_mean_squares[name]  # [differs]
 
     labelled = batch["labels"][:, 1:] != -100
     q_logits = output.logits[:, :-1][labelled]  # (labels, vocabulary)
@@ -439,7 +441,7 @@ LOGITS_AT_ONCE = 2**24  # 64 MiB of float32; eight times as many keep a GPU busy
 
 
 def student_forward(
-    student: ProjectedStudent, ids: Tensor, teacher_seen: dict, mean_squares: dict
+    student: ProjectedStudent, ids: Tensor, teacher_seen: dict, teacher_mean_squares: dict
 ) -> tuple[Tensor, list, list]:
     """Run the student: its last hidden states, and each module's error with its factor (App. B).
 
@@ -453,7 +455,7 @@ def student_forward(
         if name.endswith(WRITERS):
             target = target @ student.projections[name].to(target.dtype)
         errors.append(output - target)
-        factors.append(1 / (output.numel() * mean_squares[name]))
+        factors.append(1 / (output.numel() * teacher_mean_squares[name]))
 
     with watch(student.model, modules_of(student.model, ALIGNED), compare):
         hidden = last_hidden(student.model, ids)  # (batch, tokens, d_s)
@@ -504,7 +506,7 @@ def training_step(
     student: ProjectedStudent,
     batches: Iterator[dict],
     config: "Config",
-    mean_squares: dict,
+    teacher_mean_squares: dict,
 ) -> dict:
     """The gradients of one optimiser step, left in the student's projections and gains.
 
@@ -520,7 +522,7 @@ def training_step(
         ids, labels = batch["input_ids"], batch["labels"]
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
         teacher_hidden, teacher_seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
-        hidden, errors, factors = student_forward(student, ids, teacher_seen, mean_squares)
+        hidden, errors, factors = student_forward(student, ids, teacher_seen, teacher_mean_squares)
         # Times its labels, the alignment, a mean over tokens, adds up as the sums over labels do.
         alignment, error_gradients = alignment_loss(errors, factors, config.alpha * count)
         losses, gradient = token_losses(hidden, teacher_hidden, heads, labels, config.temperature)
@@ -553,7 +555,7 @@ def distill(
     student: ProjectedStudent,
     batches: Iterator[dict],
     config: "Config",
-    mean_squares: dict,
+    teacher_mean_squares: dict,
     optimizers: list | None = None,
     done: int = 0,
 ) -> Iterator[dict]:
@@ -564,7 +566,7 @@ def distill(
     optimizers = optimizers or make_optimizers(student, config)
     failures = 0
     for step in range(done, config.steps):
-        record = training_step(teacher, student, batches, config, mean_squares)
+        record = training_step(teacher, student, batches, config, teacher_mean_squares)
         record["gradient_norm"] = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         record["learning_rate"] = learning_rate_at(step, config)
         finite = math.isfinite(record["loss"] + record["gradient_norm"])
@@ -800,7 +802,7 @@ def tiny_scores(model: nn.Module, tokenizer, count: int = 200) -> dict:
 
 # ==== Faster [new] ============================================================================
 # Many processes, fused norms and Muon: a reader of the paper needs only Adam, in make_optimizers.
-# To copy it: torch, F, nn, Tensor, Iterable, os, types and the section of the student.
+# To copy it: torch, F, nn, Tensor, Iterable, functools, os and the section of the student.
 
 
 def rank() -> int:
@@ -821,7 +823,7 @@ def barrier():
 
 def join_processes():
     """Join the other processes, where torchrun has started this one."""
-    if torch.distributed.is_torchelastic_launched() and not torch.distributed.is_initialized():
+    if torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group()  # nccl for GPUs, gloo for CPUs
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -850,10 +852,10 @@ def fuse_norms(model: nn.Module):
 
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.forward = types.MethodType(fused, module)
+            module.forward = functools.partial(fused, module)
 
 
-def make_optimizers(student: ProjectedStudent, config: "Config") -> list[torch.optim.Optimizer]:
+def make_optimizers(student: ProjectedStudent, config: "Config") -> list:
     """Adam, the paper's (App. F.1); or Muon (Jordan et al., 2024) for the projections: it steps
     along the orthogonal matrix nearest to the momentum, so in all directions alike."""
     if config.optimizer == "adam":
@@ -939,13 +941,15 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
         task.tokenizer.save_pretrained(folder)
         adapt_to_others(folder, as_llama)
     exported, _ = load_teacher(str(folder), task.teacher.dtype)
-    one, other = [last_hidden(m, task.held_out[0]["input_ids"]) for m in (exported, model)]
-    require((one - other).norm() <= 1e-2 * other.norm(), f"{folder} differs from what was trained.")
+    ids = task.held_out[0]["input_ids"]
+    one, other = last_hidden(exported, ids), last_hidden(model, ids)
+    same = (one - other).norm() <= 1e-2 * other.norm()
+    require(same, f"{folder} differs from what was trained.")
 
 
 def adapt_to_others(folder: Path, as_llama: bool):
     """Edit a checkpoint's files for transformers 4, MLX, llama.cpp and vLLM."""
-    values = json.loads((folder / "config.json").read_text("utf-8"))
+    values = json.loads((folder / "config.json").read_bytes())
     rope = values["rope_parameters"]
     values["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
@@ -958,9 +962,7 @@ def adapt_to_others(folder: Path, as_llama: bool):
     text = (folder / "tokenizer_config.json").read_text("utf-8")
     text = text.replace("TokenizersBackend", "PreTrainedTokenizerFast")
     text = text.replace('"extra_special_tokens": [', '"additional_special_tokens": [')
-    values = json.loads(text)
-    values.pop("auto_map", None)  # the code that it names stays behind
-    write(folder / "tokenizer_config.json", values)
+    write(folder / "tokenizer_config.json", text)
 
 
 def files_of(source: str | None) -> list[Path]:
@@ -968,7 +970,7 @@ def files_of(source: str | None) -> list[Path]:
     source, visited = source or "", set()
     if os.path.isfile(source):
         return [Path(source)]
-    names = [] if os.path.isdir(source) else glob.glob(source, recursive=True)
+    names = glob.glob(source, recursive=True)
     for folder, folders, inside in os.walk(source, followlinks=True):
         names += [os.path.join(folder, name) for name in inside if not NO_TEXT.fullmatch(name)]
         new = os.path.realpath(folder) not in visited  # links may lead in a circle
@@ -981,9 +983,7 @@ def files_of(source: str | None) -> list[Path]:
 def rows_of(path: Path) -> Iterator[dict]:
     """The rows of a file. A .txt has blank lines between documents, a .json an array or lines."""
     if path.suffix == ".parquet":
-        file = pyarrow.parquet.ParquetFile(path)
-        wanted = {"text", "question", "answer"}.intersection(file.schema_arrow.names)
-        for batch in file.iter_batches(1000, columns=sorted(wanted) or None):
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
             yield from batch.to_pylist()
         return
     with open(path, encoding="utf-8-sig") as file:  # a byte order mark is no text
@@ -1044,7 +1044,8 @@ def open_documents(source: str, flag: str):
         options = {"gen_kwargs": {"paths": paths}}
         return datasets.IterableDataset.from_generator(documents_in_turns, **options)
     announce("reading", f"{source} of the hub")
-    name, subset, split = [*source.split(":", 2), "", ""][:3]
+    name, _, rest = source.partition(":")
+    subset, _, split = rest.partition(":")
     with as_user_error(f"{flag} {source} is no file, nor a hub dataset in reach ({{}})."):
         options = {"split": split or "train", "streaming": True}
         rows = datasets.load_dataset(name, subset or None, **options)
@@ -1223,11 +1224,10 @@ def write(path: Path, value):
 
 
 def settings_of(config: Config) -> dict:
-    """What identifies a run: settings, kind of device, names and sizes of local files."""
+    """What identifies a run: settings, processes, names and sizes of local files."""
     settings = {k: v for k, v in vars(config).items() if k not in NOT_IDENTITY}
     settings["processes"] = world_size()
     settings["dtype"] = str(choose_dtype(config))
-    settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     model = config.model or TINY_CONFIG.parent
     for source in (f"{model}/*.json", f"{model}/*.safetensors", config.data, config.eval_data):
         for path in files_of(source):
@@ -1242,7 +1242,7 @@ def open_folder(folder: Path, settings: dict):
     if not any(folder.iterdir()):
         return
     with as_user_error(f"{folder} holds files of no run of RED; name another --out."):
-        stored = dict(json.loads((folder / "settings.json").read_text("utf-8")))
+        stored = dict(json.loads((folder / "settings.json").read_bytes()))
     for name in sorted(stored | settings):
         there, here = stored.get(name, "nothing"), settings.get(name, "nothing")
         require(there == here, f"{folder} has {name} {there}, not {here}; name another --out.")
@@ -1258,7 +1258,7 @@ def save_checkpoint(folder: Path, records: list, student: ProjectedStudent, opti
     }
     write(folder / f"step-{records[-1]['step']:07}.pt", state)
     if rank() == 0:
-        for path in [*folder.glob("*.partial"), *sorted(folder.glob("step-*.pt"))[:-2]]:
+        for path in sorted(folder.glob("step-*.pt"))[:-2]:
             path.unlink()
     barrier()  # nobody leaves before the first process has written
 
@@ -1280,7 +1280,9 @@ def load_checkpoint(folder: Path, student: ProjectedStudent, optimizers: list) -
     return state["records"], state["places"][rank()]
 
 
-def train_student(method: str, config: Config, student, task: Task, mean_squares: dict) -> list:
+def train_student(
+    method: str, config: Config, student, task: Task, teacher_mean_squares: dict
+) -> list:
     """Train one student, from its start or its last checkpoint. Returns a record of each step."""
     if student.teacher.device.type == "cuda":
         fuse_norms(student.model)
@@ -1297,7 +1299,7 @@ def train_student(method: str, config: Config, student, task: Task, mean_squares
     write(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in records))
     done = records[-1]["step"]
     batches = training_batches(config, task, done, place)
-    steps = distill(task.teacher, student, batches, config, mean_squares, optimizers, done)
+    steps = distill(task.teacher, student, batches, config, teacher_mean_squares, optimizers, done)
     SIGNALS["wait"] = True
     for record in progress(steps, method, config.steps, done):
         step, last = record["step"], record["step"] == config.steps
@@ -1316,8 +1318,6 @@ def train_student(method: str, config: Config, student, task: Task, mean_squares
         if stopping:
             raise KeyboardInterrupt
     SIGNALS["wait"] = False
-    if any(gather(SIGNALS["came"])):  # during the last save
-        raise KeyboardInterrupt
     return records
 
 
@@ -1328,7 +1328,7 @@ def run(config: Config):
         open_folder(out, settings_of(config))
         if (out / "summary.json").is_file():  # what earlier commands finished
             with as_user_error(f"{out}/summary.json is damaged ({{}}); move it away."):
-                rows = dict(json.loads((out / "summary.json").read_text("utf-8")))
+                rows = dict(json.loads((out / "summary.json").read_bytes()))
     rows = gather(rows)[0]
     finished = [name for name in rows if (out / name / "student" / "config.json").is_file()]
     missing = [method for method in dict.fromkeys(config.methods) if method not in finished]
@@ -1345,7 +1345,7 @@ def run(config: Config):
         write(out / "summary.json", rows)
     for method in missing:
         student = new_student(method, teacher, width, calibration, config.seed)
-        records = train_student(method, config, student, task, calibration.mean_squares)
+        records = train_student(method, config, student, task, calibration.teacher_mean_squares)
         if rank() == 0:
             export_student(student, task, out / method / "student")
         curve = [record for record in records if "held_out" in record]
@@ -1377,14 +1377,14 @@ def table(rows: dict) -> str:
         padded = [text.rjust(len(heading)) for heading, text in cells.items()]
         lines.append("  ".join([label.ljust(wide), *padded]))
     for label, row in rows.items():
-        curve = row.get("curve", [])
-        few = curve[:: -math.ceil(len(curve) / 11) or -1][::-1]  # eleven points, with the last
+        if "curve" not in row:
+            continue
+        few = row["curve"][:: math.ceil(len(row["curve"]) / 11)]  # eleven points at most
         steps = "eRank, step".ljust(wide) + "".join(f"{record['step']:>7,}" for record in few)
-        if few and steps not in lines:
+        if steps not in lines:
             lines += ["", steps]
-        if few:
-            values = [fmean(record["held_out"]["erank"]) for record in few]
-            lines.append(label.ljust(wide) + "".join(f"{value:7.1f}" for value in values))
+        values = [fmean(record["held_out"]["erank"]) for record in few]
+        lines.append(label.ljust(wide) + "".join(f"{value:7.1f}" for value in values))
     lines.append("")
     for label, row in rows.items():
         if "example" in row:

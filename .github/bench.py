@@ -41,14 +41,16 @@ def steps(teacher, width, batches, kind):
     calibration = red.calibrate(teacher, few)
     student = red.new_student("red", teacher, width, calibration)
     config = red.Config(optimizer="muon" if kind == "muon" else "adam")
-    loop = red.distill(teacher, student, batches, config, calibration.mean_squares)
+    loop = red.distill(teacher, student, batches, config, calibration.teacher_mean_squares)
     if GPU:
         red.fuse_norms(student.model)  # as red.py does
     while True:
         if GPU:
             red.fuse_norms(teacher)
         if kind == "reference":
-            red.reference_step(teacher, student, next(batches), config, calibration.mean_squares)
+            red.reference_step(
+                teacher, student, next(batches), config, calibration.teacher_mean_squares
+            )
             for parameter in student.parameters():
                 parameter.grad = None
             yield

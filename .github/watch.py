@@ -59,7 +59,9 @@ def watch_random_start(task, calibration, config, width):
 
     yield look(0)
     batches = red.training_batches(config, task, 0, None)
-    for record in red.distill(task.teacher, student, batches, config, calibration.mean_squares):
+    for record in red.distill(
+        task.teacher, student, batches, config, calibration.teacher_mean_squares
+    ):
         if record["step"] in STEPS:
             yield look(record["step"])
 
