@@ -51,7 +51,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # ==== Settings ================================================================================
 # Every choice of a run is one field of one dataclass, with its help text. The defaults suit a small
-# machine; the paper's RED-1.5B has 2,048 tokens a sequence, 49,152 a step, and 1e-4 [differs].
+# machine; RED-1.5B has 2,048 tokens a sequence, 49,152 a step, a learning rate of 1e-4 [differs].
 METHODS = {  # by where the projections start
     "red": "the most active channels for all matrices: the paper's method",
     "random-selection": "random channels for all matrices [new]",
@@ -169,8 +169,8 @@ class Calibration:
     """What the teacher shows on a few sequences (§5). The first is the paper's, two are [new]."""
 
     importance: Tensor  # (d_t,), by Eqs. 9-10
-    moments: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens u of length 1
-    teacher_mean_squares: dict[str, float]  # aligned module -> that of what it puts out, before P
+    moments: dict[str, Tensor]  # norm -> (d_t, d_t): mean of u u.T over tokens h, u = h / |h|
+    teacher_mean_squares: dict[str, float]  # aligned module -> mean square of its output, before P
 
 
 def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
@@ -203,8 +203,8 @@ def calibrate(teacher: nn.Module, batches: Iterable[dict]) -> Calibration:
 # The student is an ordinary, narrower model. Each of its matrices is a frozen one of the teacher's,
 # seen through a projection P, (d_t, d_s), of its own. Only the projections and the gains of the
 # norms learn. After training P is multiplied in and gone.
-#     reads the stream     q k v gate up, embedding, head    W_s = W_t @ P      (out, d_s)
-#     writes to it         o down                            W_s = P.T @ W_t    (d_s, in)
+#     rows lie in the stream       q k v gate up, head, embedding   W_s = W_t @ P     (out, d_s)
+#     columns lie in the stream    o down                           W_s = P.T @ W_t   (d_s, in)
 # To copy it: torch, nn, Tensor, copy, math, transformers and the section above.
 
 
@@ -215,7 +215,7 @@ class ProjectedStudent:
     model         the same, d_s wide: the student, an ordinary model, whose weights are made here
     projections   module name -> (d_t, d_s), where the projections start
     gains         norm name -> (d_s,), where the gains start
-    fold_gains    True: the readers have the teacher's gains in them, W @ diag(gain) @ P"""
+    fold_gains    True: what follows a norm has the teacher's gains in it, W @ diag(gain) @ P"""
 
     def __init__(self, teacher: nn.Module, model, projections: dict, gains: dict, fold_gains=False):
         self.teacher, self.model, self.fold_gains = teacher, model, fold_gains
@@ -268,8 +268,8 @@ class ProjectedStudent:
 
     def carry_back(self):
         """Move the gradients of the model's weights on to the projections and gains."""
-        learned = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        torch.autograd.backward([self.merged[name] for name in learned], list(learned.values()))
+        gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        torch.autograd.backward([self.merged[name] for name in gradients], list(gradients.values()))
         self.model.zero_grad()
         self.merged = None  # frees the graph
 
@@ -350,16 +350,16 @@ def new_student(
 ) -> ProjectedStudent:
     """A student at the start of its training, by any of METHODS (§3, §5).
 
-    A rotation cannot carry the teacher's gains along: they are folded into the readers. Only the
-    head reads what a norm puts out, not the embedding: a tied head is untied then [reading]."""
+    A rotation cannot carry the teacher's gains along: they are folded into the readers. The head
+    follows a norm, the embedding none: they then differ, so a tied head is untied [reading]."""
     fold = method in ("pca", "orthogonal", "shared-orthogonal")
     model = narrow_model(teacher, student_config(teacher.config, student_width, untie=fold))
     readers = READERS[:-1] if model.config.tie_word_embeddings else READERS
     names = modules_of(model, readers + WRITERS)
     generator = torch.Generator().manual_seed(seed)
     if method in ("orthogonal", "lrc"):  # a start for each matrix; gains of 1: LRC's, or folded
-        start = (method, calibration, student_width, generator)
-        projections = {name: initial_projection(*start) for name in names}
+        options = (method, calibration, student_width, generator)
+        projections = {name: initial_projection(*options) for name in names}
         gains = {norm: torch.ones(student_width) for norm in modules_of(model, NORMS)}
     else:
         basis = initial_projection(method, calibration, student_width, generator)
@@ -380,8 +380,8 @@ def kl_and_cross_entropy(
     """KL(teacher || student) and next-token cross-entropy: sums over tokens, in nats (App. B).
 
     logits: (tokens, vocabulary); targets: (tokens,). KL is of distributions softened by the
-    temperature T, and times T^2: softening divides its gradient by about T^2, which gives it back
-    its weight [differs: LRC has no such factor; at RED's T = 1 it is 1]."""
+    temperature T. That divides its gradient by about T^2, so it is multiplied by T^2 [reading; LRC
+    has no such factor, and at RED's T = 1 it is 1]."""
     precise = torch.promote_types(student_logits.dtype, torch.float32)
     log_q = torch.log_softmax(student_logits, -1, dtype=precise)  # (tokens, vocabulary)
     cross_entropy = F.nll_loss(log_q, targets, reduction="sum")
@@ -412,7 +412,7 @@ def reference_step(
     alignment = 0.0
     for name in names:
         target = teacher_seen[name]  # (batch, tokens, n)
-        if name.endswith(WRITERS):  # through P, which learns, too [reading]
+        if name.endswith(WRITERS):  # P is not detached here: as LRC's paper has it
             target = target @ student.projections[name].to(target.dtype)
         alignment += F.mse_loss(seen[name], target) / teacher_mean_squares[name]  # [differs]
 
@@ -432,7 +432,7 @@ def reference_step(
 # what `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not
 # 20), makes the logits of a few tokens at a time (2.7 GiB, not 4.3), and keeps the gradient of each
 # error in the error's memory (2.5 GiB; SmolLM2, 2 x 512 tokens, one CPU thread). The backward pass
-# has two stages, as W_s is cut off from P; only the targets of o and down reach P in the first:
+# stops at W_s, and goes on to P once per step; the targets of o and down reach P directly:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes together take one step on all their batches.
@@ -446,8 +446,8 @@ def student_forward(
     """Run the student: its last hidden states, and each module's error with its factor (App. B).
 
     Alignment is the sum of factor * |error|^2: mean squared errors, each over the mean square of
-    the teacher's output, before P, or a few massive activations would rule the sum [differs; ones:
-    LRC's; the paper's: over tokens, not features]. teacher_seen: by `look_inside`, emptied."""
+    the teacher's output before P, or a few massive activations would rule it [differs: LRC has no
+    such divisor, the paper only the number of tokens]. teacher_seen is emptied on the way."""
     errors, factors = [], []
 
     def compare(name, module, inputs, output):
@@ -523,7 +523,7 @@ def training_step(
         count = int((labels[:, 1:] != -100).sum())  # on the CPU: waits for no GPU
         teacher_hidden, teacher_seen = look_inside(teacher, ids, modules_of(teacher, ALIGNED))
         hidden, errors, factors = student_forward(student, ids, teacher_seen, teacher_mean_squares)
-        # Times its labels, the alignment, a mean over tokens, adds up as the sums over labels do.
+        # Alignment is a mean over tokens; times the labels, it adds up over batches as sums do.
         alignment, error_gradients = alignment_loss(errors, factors, config.alpha * count)
         losses, gradient = token_losses(hidden, teacher_hidden, heads, labels, config.temperature)
         torch.autograd.backward([hidden, *errors], [gradient, *error_gradients])
@@ -594,16 +594,16 @@ def distill(
 def effective_rank(hidden: Tensor) -> float:
     """eRank = exp(-sum r ln r), with r = eigenvalues of the covariance / their sum (§4).
 
-    hidden: (..., d), all leading dimensions are tokens: centred, then each of length 1. From 1
+    hidden: (..., d); each vector is a token: centred, then scaled to length 1. The result is from 1
     to min(tokens - 1, d), or 0.0 where tokens are equal up to the rounding of hidden's type. Roy
     and Vetterli's own takes singular values, uncentred: another scale. ValueError: not finite."""
-    tokens = hidden.detach().reshape(-1, hidden.shape[-1]).double()  # (tokens, d)
-    if not torch.isfinite(tokens).all():
+    states = hidden.detach().reshape(-1, hidden.shape[-1]).double()  # (tokens, d)
+    if not torch.isfinite(states).all():
         raise ValueError("effective_rank needs finite values")
-    centred = tokens - tokens.mean(0)
+    centred = states - states.mean(0)
     norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     # What rounding leaves of a token at the mean must not be scaled up to length 1.
-    rounding = torch.finfo(hidden.dtype).eps * torch.linalg.vector_norm(tokens, dim=-1)
+    rounding = torch.finfo(hidden.dtype).eps * torch.linalg.vector_norm(states, dim=-1)
     unit = torch.where(norms > 2 * rounding[:, None], centred / norms, 0.0)
     values = torch.linalg.eigvalsh(unit.T @ unit).clamp_min(0)  # (d,)
     if values.sum() == 0:
@@ -890,8 +890,8 @@ def choose_dtype(config: Config) -> torch.dtype:
     """--dtype; auto is bfloat16 for a real teacher where the processor multiplies in it."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    able = torch.cuda.is_bf16_supported(False) or capabilities.get("amx_bf16")
+    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    able = torch.cuda.is_bf16_supported(False) if torch.cuda.is_available() else amx
     return torch.bfloat16 if config.model and able else torch.float32
 
 
@@ -1065,7 +1065,7 @@ def tokens_of(document: dict, task: Task) -> list[int]:
 
 
 def packed(documents: Iterable, task: Task, batch_size: int, seq_len: int, tokens: list):
-    """Batches cut from documents, across their borders. tokens: left over from them, in place."""
+    """Batches cut from documents, across their borders. tokens: those left over, kept in place."""
     for document in documents:
         tokens += tokens_of(document, task)
         while len(tokens) >= batch_size * seq_len:
@@ -1075,8 +1075,8 @@ def packed(documents: Iterable, task: Task, batch_size: int, seq_len: int, token
 
 
 class TrainingText:
-    """Text to train on, shuffled in blocks of documents, from any place in it (App. F.2): what is
-    left of a block, the tokens that no batch has had yet, and where the stream goes on."""
+    """Text to train on, shuffled in blocks of documents, from any place (App. F.2). A place is the
+    rest of a block, the tokens that no batch has had yet, and where the stream goes on."""
 
     def __init__(self, config: Config, task: Task):
         """Read up to 2,000 documents; the first tenth of them (at most 200) is held out."""
@@ -1161,8 +1161,8 @@ def open_task(config: Config) -> Task:
 
 
 # ==== A run, its folders and the command line =================================================
-# OUT holds the students of one teacher under one set of settings, which differ only in where they
-# start. Only the first process writes files; JSON and checkpoints whole or not at all.
+# OUT holds students of one teacher, made under one set of settings: only their starts differ.
+# Only the first process writes files; JSON and checkpoints whole or not at all.
 # A fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stopped.
 NOT_IDENTITY = ("out", "save_every", "methods")
 SIGNALS = {"wait": False, "came": False}  # wait: a first signal is only noted, in "came"
@@ -1425,7 +1425,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Config:
     if config.model is not None:
         local = files_of(config.model) or files_of(config.data)
         config.eval_data = config.eval_data or (None if local else "openai/gsm8k:main:test")
-        config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"
+        config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"  # one source [differs]
     return config
 
 
@@ -1443,14 +1443,14 @@ def check(config: Config):
     require(config.model or not text, "--data and --eval-data need --model.")
     if config.data is not None:
         both = [{path.resolve() for path in files_of(s)} for s in (config.data, config.eval_data)]
-        shared = both[0] & both[1] or config.data == config.eval_data
+        shared = both[0] & both[1] or config.data == (config.eval_data or "openai/gsm8k:main:test")
         require(not shared, "--eval-data is part of --data.")
         inside = Path(config.out).resolve().is_relative_to(Path(config.data).resolve())
         require(not inside, "--out lies inside --data; name another.")
 
 
 def on_signal(number, frame):
-    """A first signal ends the run after the step, once that is saved; any other ends it at once."""
+    """While a student trains, a first signal waits until the step is saved; others end the run."""
     if SIGNALS["came"] or not SIGNALS["wait"]:
         raise KeyboardInterrupt
     SIGNALS["came"] = True
@@ -1486,7 +1486,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, text = 1, f"{type(error).__name__}: {error}; once that is mended, {again}"
         if memory:
             text = "out of memory; try a smaller --batch-size or --seq-len."
-    if os.environ.get("RANK", "0") != "0":  # the first one speaks
+    if os.environ.get("RANK", "0") != "0":  # the first one speaks first; torchrun then ends these
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print(f"red.py: {' '.join(text.split())}", file=sys.stderr)

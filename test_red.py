@@ -1156,25 +1156,23 @@ def test_what_identifies_a_run_is_known_and_a_change_is_named(real, teacher, tmp
 
 
 def test_the_type_is_what_the_processor_is_fast_in_and_part_of_a_runs_identity(monkeypatch, real):
-    config, able = red.parse_arguments(run_of(real, "out", "--grad-accum 2")), {}
+    config, half, full = red.parse_arguments(run_of(real, "out")), torch.bfloat16, torch.float32
     changed, settings = functools.partial(dataclasses.replace, config), []  # that differ
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    for cpu, gpu in ((True, False), (False, True), (False, False)):
-        able["amx_bf16"] = cpu
-        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, gpu=gpu: gpu)
-        expected = [torch.bfloat16 if cpu or gpu else torch.float32, torch.float32]
+    for cpu, gpu in ((True, None), (True, False), (False, True), (False, None)):  # None: no GPU
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda cpu=cpu: {"amx_bf16": cpu})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, gpu=gpu: bool(gpu))
+        expected = [half if (cpu if gpu is None else gpu) else full, full]
         assert [red.choose_dtype(config), red.choose_dtype(red.Config())] == expected
-        for name in ("float32", "bfloat16"):
-            assert red.choose_dtype(changed(dtype=name)) == getattr(torch, name)
+        assert [red.choose_dtype(changed(dtype=str(t)[6:])) for t in (half, full)] == [half, full]
         settings.append(red.settings_of(config))
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in an old torch
     for change in (dict(save_every=1), dict(methods=["pca"])):
         assert red.settings_of(changed(**change)) == settings[-1]
-    settings += [red.settings_of(changed(**{name: 1})) for name in ("grad_accum", "eval_problems")]
+    settings += [red.settings_of(changed(**{name: 3})) for name in ("grad_accum", "eval_problems")]
     monkeypatch.setattr(red, "world_size", lambda: 2)
     settings.append(red.settings_of(config))
-    assert all(one != other for one, other in itertools.combinations(settings[1:], 2))
+    assert all(one != other for one, other in itertools.combinations(settings[2:], 2))
     sizes = [name for name in red.settings_of(red.Config()) if "size of" in name]
     assert len(sizes) == 1 and sizes[0].endswith("tiny_config.json")
 
@@ -1449,6 +1447,7 @@ MODEL --seq-len 257 | 256 positions
 MODEL --eval-data DIR/link.txt | part of --data
 MODEL --data DIR/mine --eval-data DIR/mine/texts/a.txt | part of --data
 MODEL --data X/Y:main --eval-data X/Y:main | part of --data
+MODEL --data openai/gsm8k:main:test | part of --data
 MODEL --data here/set --eval-data here/set/a.txt | part of --data
 MODEL --eval-data DIR/short.txt | <<48/2=24>>
 MODEL --data DIR/short.txt | too little
