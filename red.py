@@ -90,7 +90,7 @@ class Config:
     alpha: float = setting(0.2, "weight of the alignment loss, as LRC's")
     dtype: str = setting("auto", "of the teacher", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random")
-    eval_data: str | None = setting(None, "problems, or none; unset: GSM8K if all is the hub's")
+    eval_data: str | None = setting(None, "problems, or none; unset: GSM8K without --data")
     eval_problems: int = setting(200, "how many problems to measure")
     out: str | None = setting(None, "results folder; unset: in runs/, named by settings")
     save_every: int = setting(250, "steps between measured checkpoints; 0: at the end")
@@ -943,12 +943,11 @@ def export_student(student: ProjectedStudent, task: Task, folder: Path):
     exported, _ = load_teacher(str(folder), task.teacher.dtype)
     ids = task.held_out[0]["input_ids"]
     one, other = last_hidden(exported, ids), last_hidden(model, ids)
-    same = (one - other).norm() <= 1e-2 * other.norm()
-    require(same, f"{folder} differs from what was trained.")
+    require((one - other).norm() <= 1e-2 * other.norm(), f"{folder} differs from what was trained.")
 
 
 def adapt_to_others(folder: Path, as_llama: bool):
-    """Edit a checkpoint's files for transformers 4, MLX, llama.cpp and vLLM."""
+    """Edit an exported student's files for transformers 4, MLX, llama.cpp and vLLM."""
     values = json.loads((folder / "config.json").read_bytes())
     rope = values["rope_parameters"]
     values["rope_theta"] = rope["rope_theta"]
@@ -1008,8 +1007,9 @@ def document_of(row: dict, where: str) -> dict:
     values = ["" if row.get(name) is None else row[name] for name in names]
     usable = all(isinstance(value, str | int | float) for value in values)
     require(usable, f"{where} has no string as its {' or '.join(names)}.")
+    values = [str(value).encode("utf-8", "replace").decode() for value in values]  # half emoji: ?
     prompt = f"Question: {values[0]}\nAnswer: " if asked else ""
-    return {"prompt": prompt, "answer": str(values[-1])}
+    return {"prompt": prompt, "answer": values[-1]}
 
 
 def documents_of(path: str) -> Iterator[dict]:
@@ -1050,7 +1050,7 @@ def open_documents(source: str, flag: str):
         options = {"split": split or "train", "streaming": True}
         rows = datasets.load_dataset(name, subset or None, **options)
     rows = rows.map(document_of, fn_kwargs={"where": f"a row of {source}"})
-    return rows.filter(lambda document: bool(document["answer"].strip()))
+    return rows.filter(lambda row: bool(row["answer"].strip())).select_columns(["prompt", "answer"])
 
 
 def tokens_of(document: dict, task: Task) -> list[int]:
@@ -1162,7 +1162,7 @@ def open_task(config: Config) -> Task:
 
 # ==== A run, its folders and the command line =================================================
 # OUT holds students of one teacher, made under one set of settings: only their starts differ.
-# Only the first process writes files; JSON and checkpoints whole or not at all.
+# Only the first process writes files; its own .json and step-*.pt whole or not at all.
 # A fault is one sentence on stderr. Exit code 2: you can mend it, 1: it broke off, 130: stopped.
 NOT_IDENTITY = ("out", "save_every", "methods")
 SIGNALS = {"wait": False, "came": False}  # wait: a first signal is only noted, in "came"
@@ -1226,9 +1226,9 @@ def write(path: Path, value):
 def settings_of(config: Config) -> dict:
     """What identifies a run: settings, processes, names and sizes of local files."""
     settings = {k: v for k, v in vars(config).items() if k not in NOT_IDENTITY}
-    settings["processes"] = world_size()
-    settings["dtype"] = str(choose_dtype(config))
-    model = config.model or TINY_CONFIG.parent
+    settings |= {"processes": world_size(), "dtype": str(choose_dtype(config))}
+    settings["model"] = config.model or TINY_CONFIG.read_text("utf-8")
+    model = glob.escape(config.model or os.devnull)
     for source in (f"{model}/*.json", f"{model}/*.safetensors", config.data, config.eval_data):
         for path in files_of(source):
             settings[f"size of {path}"] = path.stat().st_size
@@ -1283,7 +1283,7 @@ def load_checkpoint(folder: Path, student: ProjectedStudent, optimizers: list) -
 def train_student(
     method: str, config: Config, student, task: Task, teacher_mean_squares: dict
 ) -> list:
-    """Train one student, from its start or its last checkpoint. Returns a record of each step."""
+    """Train one student, from its start or last checkpoint. Returns records of steps 0, 1, ..."""
     if student.teacher.device.type == "cuda":
         fuse_norms(student.model)
     if world_size() > 1:
@@ -1330,7 +1330,7 @@ def run(config: Config):
             with as_user_error(f"{out}/summary.json is damaged ({{}}); move it away."):
                 rows = dict(json.loads((out / "summary.json").read_bytes()))
     rows = gather(rows)[0]
-    finished = [name for name in rows if (out / name / "student" / "config.json").is_file()]
+    finished = [name for name in rows if (out / name / "student/tokenizer.json").is_file()]
     missing = [method for method in dict.fromkeys(config.methods) if method not in finished]
     if missing:
         task = open_task(config)
@@ -1412,7 +1412,7 @@ def parse_arguments(arguments: list[str] | None = None) -> Config:
             config, rest = parser.parse_known_args(arguments)
         require(not rest, f"{' '.join(rest)} is not understood; see --help.")
     config = Config(**vars(config))
-    if config.out is None:  # runs that differ get different folders
+    if config.out is None:  # where two names meet, open_folder refuses
         config.out = f"runs/{os.path.basename(os.path.abspath(config.model or 'tiny'))}"
         for name, value in vars(config).items():
             if value != parser.get_default(name) and name not in ("model", *NOT_IDENTITY):
@@ -1422,10 +1422,9 @@ def parse_arguments(arguments: list[str] | None = None) -> Config:
         rates = LEARNING_RATES if config.model else TINY_LEARNING_RATES
         config.learning_rate = rates[config.optimizer]
     check(config)
-    if config.model is not None:
-        local = files_of(config.model) or files_of(config.data)
-        config.eval_data = config.eval_data or (None if local else "openai/gsm8k:main:test")
-        config.data = config.data or "HuggingFaceFW/fineweb-edu:sample-10BT"  # one source [differs]
+    if config.model is not None and config.data is None:
+        config.data = "HuggingFaceFW/fineweb-edu:sample-10BT"  # one source [differs]
+        config.eval_data = config.eval_data or "openai/gsm8k:main:test"
     return config
 
 
@@ -1439,14 +1438,15 @@ def check(config: Config):
         require(value != "", f"{flag} is empty; leave it out.")
         if isinstance(value, int | float):
             require(lowest <= value <= most, f"{flag} must be from {lowest} to {most}.")
-    text = config.data or config.eval_data
-    require(config.model or not text, "--data and --eval-data need --model.")
-    if config.data is not None:
-        both = [{path.resolve() for path in files_of(s)} for s in (config.data, config.eval_data)]
-        shared = both[0] & both[1] or config.data == (config.eval_data or "openai/gsm8k:main:test")
+    given = [source for source in (config.data, config.eval_data) if source]
+    require(config.model or not given, "--data and --eval-data need --model.")
+    if len(given) == 2:
+        train, test = [{path.resolve() for path in files_of(source)} for source in given]
+        shared = train & test or config.data == config.eval_data
         require(not shared, "--eval-data is part of --data.")
-        inside = Path(config.out).resolve().is_relative_to(Path(config.data).resolve())
-        require(not inside, "--out lies inside --data; name another.")
+    for source in given:
+        inside = Path(config.out).resolve().is_relative_to(Path(source).resolve())
+        require(not inside, f"--out lies inside {source}; name another.")
 
 
 def on_signal(number, frame):
@@ -1486,7 +1486,7 @@ def main(arguments: list[str] | None = None) -> int:
         code, text = 1, f"{type(error).__name__}: {error}; once that is mended, {again}"
         if memory:
             text = "out of memory; try a smaller --batch-size or --seq-len."
-    if os.environ.get("RANK", "0") != "0":  # the first one speaks first; torchrun then ends these
+    if os.environ.get("RANK", "0") != "0":  # the first one speaks first
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     print(f"red.py: {' '.join(text.split())}", file=sys.stderr)

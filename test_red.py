@@ -213,9 +213,9 @@ def test_at_full_width_the_student_is_the_teacher_and_shares_nothing_with_it(fam
     got, expected = logits(student.model, make_batch()), logits(teacher, make_batch())
     near = dict(rtol=1e-6, atol=1e-5) if method in SELECTIONS else dict(rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(got, expected, **near)
-    student.model.to(torch.bfloat16)
     for tensor in [*student.model.parameters(), *student.model.buffers()]:
         tensor.data.zero_()
+    student.model.to(torch.bfloat16)
     assert torch.equal(logits(teacher, make_batch()), expected)
 
 
@@ -692,10 +692,10 @@ def test_a_selection_of_channels_keeps_more_effective_rank_than_lrc_and_writes_m
 @every_family
 def test_fused_norms_compute_what_those_of_transformers_do(family):
     """Each with its own eps; with weights that change, and are a copy's."""
-    teacher, batch = make_teacher(family), make_batch()
-    teacher.model.norm.variance_epsilon = 2.0
+    (teacher := make_teacher(family)).model.norm.variance_epsilon, batch = 2.0, make_batch()
     expected = logits(teacher, batch)
     red.fuse_norms(teacher)
+    assert "forward" in vars(teacher.model.norm)
     (changed := copy.deepcopy(teacher)).model.norm.weight *= 2  # as merging changes them
     for factor, model in {1: teacher, 2: changed}.items():
         torch.testing.assert_close(logits(model, batch), factor * expected, rtol=1e-4, atol=1e-4)
@@ -740,6 +740,7 @@ def test_the_method_runs_alone_with_what_its_comments_name(optimizer):
     order = ["Calib", "The projected", "Losses", "Faster", "The fast"]
     for section in [text for name in order for text in sections if text.startswith(name)]:
         space = space_of(section.split("\n\n")[0], whole)
+        assert {*re.findall(r"\b(\w+)\.\w", section)} & {*vars(red)} <= {*space}
         exec(section.partition("\n")[2], space)
         whole |= space
     calibration = whole["calibrate"](teacher := make_teacher(), SAMPLES)
@@ -823,7 +824,7 @@ MIXED |= {"d.parquet": {"text": ["F"], "meta": [[1]]}, "e.jsonl": '{"text": "G",
 MIXED |= {"f/g.json": '[{"text": "H", "meta": "x"}]', "readme-texts/x.txt": "I", "readmes.txt": "J"}
 SET_ASIDE = ["README.md", "LICENSE", "License.txt", "readme.txt", "f/README", "f/licence.md"]
 SET_ASIDE += [".hidden.txt", ".cache/x.csv", "f/.cache/x.txt"]
-NUMBERS = '\ufeff{"text": 12345678901234567890123}\n{"text": 2.5}\n{"text": 0}'
+NUMBERS = '\ufeff{"text": 12345678901234567890123}\n{"text": 2.5}\n{"text": "\\ud83d"}'
 HALF = '{"question": null, "answer": "b"}\n{"question": "a", "answer": 0}'
 ASKED = {"question": ["a", "b"], "answer": [7, None], "text": [None, 2.5]}
 UNUSED = '{"text": "a", "question": ["x"]}\n{"text": [1], "question": "b", "answer": "c"}'
@@ -834,7 +835,7 @@ TEXTS = {  # name -> (files: content, or columns of a parquet; the texts of thei
     "a name like a pattern": ({"a[1].jsonl": '{"text": "one"}'}, ["one"]),
     "an array": ({"a.json": '[{"text": "one"}, {"text": null}, {"text": 2.5}]'}, ["one", "2.5"]),
     "rows in a .json": ({"a.json": '{"text": "1"}\n{"text": " "}\n\n{"text": "2"}'}, ["1", "2"]),
-    "numbers": ({"a.jsonl": NUMBERS}, ["12345678901234567890123", "2.5", "0"]),
+    "numbers, half an emoji": ({"a.jsonl": NUMBERS}, ["12345678901234567890123", "2.5", "?"]),
     "half a question": ({"a.jsonl": HALF}, ["Question: a\nAnswer: 0"]),
     "fields that are not needed": ({"a.jsonl": UNUSED}, ["a", "Question: b\nAnswer: c"]),
     "columns of a parquet": ({"a.parquet": ASKED}, ["Question: a\nAnswer: 7", "2.5"]),
@@ -938,8 +939,9 @@ def source_of(kind, folder, monkeypatch):
         files = {"a.jsonl": [{"text": name} for name in NAMES[::3]]}
         files |= {"b.txt": "\n\n".join(NAMES[1::3]), "c.parquet": {"text": NAMES[2::3]}}
         return make_files(folder, files)
-    options = {"data_files": make_files(folder, {"a.parquet": {"text": NAMES}}), "split": "train"}
-    stream = datasets.load_dataset("parquet", **options, streaming=True)
+    columns = {"text": NAMES, "when": pyarrow.array([0] * 130, "timestamp[s]")}  # no JSON
+    files = make_files(folder, {"a.parquet": columns})
+    stream = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: copy.deepcopy(stream))
     return "a/b"
 
@@ -1173,8 +1175,8 @@ def test_the_type_is_what_the_processor_is_fast_in_and_part_of_a_runs_identity(m
     monkeypatch.setattr(red, "world_size", lambda: 2)
     settings.append(red.settings_of(config))
     assert all(one != other for one, other in itertools.combinations(settings[2:], 2))
-    sizes = [name for name in red.settings_of(red.Config()) if "size of" in name]
-    assert len(sizes) == 1 and sizes[0].endswith("tiny_config.json")
+    tiny = red.settings_of(red.Config())
+    assert tiny["model"] == red.TINY_CONFIG.read_text() and "size of" not in " ".join(tiny)
 
 
 def qwen2(folder, **values):
@@ -1447,7 +1449,6 @@ MODEL --seq-len 257 | 256 positions
 MODEL --eval-data DIR/link.txt | part of --data
 MODEL --data DIR/mine --eval-data DIR/mine/texts/a.txt | part of --data
 MODEL --data X/Y:main --eval-data X/Y:main | part of --data
-MODEL --data openai/gsm8k:main:test | part of --data
 MODEL --data here/set --eval-data here/set/a.txt | part of --data
 MODEL --eval-data DIR/short.txt | <<48/2=24>>
 MODEL --data DIR/short.txt | too little
@@ -1456,7 +1457,8 @@ MODEL --data DIR/binary.txt | binary.txt
 MODEL --data nobody/nothing | nobody/nothing
 MODEL --out DIR/dangling | cannot be made
 MODEL --out DIR/mine | no run of RED
-MODEL --data DIR/mine --out DIR/mine/texts/run | inside --data
+MODEL --data DIR/mine --out DIR/mine/texts/run | lies inside
+MODEL --eval-data DIR/mine --out DIR/mine/texts/run | lies inside
 --model nobody/nothing | nobody/nothing"""
 COMMANDS += [tuple(line.split(" | ")) for line in BAD.splitlines()[1:]]
 PARTIAL = dict(rope_type="linear", rope_theta=1e4, factor=2.0, partial_rotary_factor=0.5)
@@ -1550,12 +1552,11 @@ def test_the_tiny_world_and_real_text_have_their_own_defaults(real):
     assert rates == [1e-2, 3e-4, 3e-2, 1e-3]
     words = ["--model", f"{real}/teacher", "--data", f"{real}/data.txt", "--alpha", "0.2"]
     local = red.parse_arguments([*words, "--steps", "3", "--seed", "4", "--optimizer", "muon"])
-    for problems in ("X/Y:main:test", "X/Y:socratic"):  # other parts of a data set
-        apart = ["--model", "x", "--data", "X/Y:main", "--eval-data", problems]
-        assert red.parse_arguments(apart).eval_data == problems
+    apart = ["--model", "x", "--data", "X/Y:main", "--eval-data", "X/Y:main:test"]  # another part
+    assert red.parse_arguments(apart).eval_data == "X/Y:main:test"
     data = f"{real}/data.txt".replace("/", "-")
-    out = f"runs/teacher-data-{data}-steps-3-optimizer-muon-seed-4"
-    assert (local.out, local.eval_data) == (out, None)
+    assert local.out == f"runs/teacher-data-{data}-steps-3-optimizer-muon-seed-4"
+    assert local.eval_data is None
 
 
 def test_help_says_what_there_is(capsys):
