@@ -1007,7 +1007,7 @@ def document_of(row: dict, where: str) -> dict:
     values = ["" if row.get(name) is None else row[name] for name in names]
     usable = all(isinstance(value, str | int | float) for value in values)
     require(usable, f"{where} has no string as its {' or '.join(names)}.")
-    values = [str(value).encode("utf-8", "replace").decode() for value in values]  # half emoji: ?
+    values = [str(v).encode("utf-8", "replace").decode() for v in values]  # half an emoji becomes ?
     prompt = f"Question: {values[0]}\nAnswer: " if asked else ""
     return {"prompt": prompt, "answer": values[-1]}
 
