@@ -719,9 +719,8 @@ def test_two_processes_are_one_on_the_whole_batch(optimizer, tmp_path):
         ends = pool.starmap_async(two_steps, halves, chunksize=1).get(60)
     records, learned = two_steps(optimizer, batches, 2)
     for theirs, others in ends:
-        assert len(theirs) == 2 and all(
-            one == pytest.approx(two, rel=1e-6) for one, two in zip(records, theirs)
-        )
+        for one, two in zip(records, theirs, strict=True):
+            assert one == pytest.approx(two, rel=1e-6)
         assert learned == pytest.approx(others, rel=1e-6, abs=1e-7)
 
 
@@ -1093,6 +1092,7 @@ def test_results_of_worked_problems_are_measured(real, teacher, tmp_path, capsys
     rows = [{"question": "q", "answer": f"{i}+1=<<{i}+1={i + 1}>>{i + 1}"} for i in range(9)]
     rows.insert(3, {"question": None, "answer": "nothing was asked", "text": "1+1"})
     rows.insert(2, {"question": "q", "answer": "ÄÖÜ"})  # its tokenizer knows none of these
+    rows.append({"question": "q" * 300, "answer": "<<1+1=2>>"})  # beyond its positions
     letters = (teacher / "tokenizer.json").read_text()
     letters = letters.replace('"x":', '"<":').replace('"y":', '">":')
     make_files(tmp_path, {"problems.jsonl": rows, "teacher/tokenizer.json": letters})
@@ -1220,12 +1220,14 @@ def test_what_stays_behind_and_what_goes_along_with_a_student(real, teacher, tmp
     assert json.loads((student / "generation_config.json").read_text()).items() >= ends.items()
 
 
-TIMEOUT = type("Timeout", (Exception,), {"__module__": "httpx"})  # no OSError
+TIMEOUT, CAST = [type("", (Exception,), {"__module__": of}) for of in ("httpx", "datasets.table")]
 BREAKS = {  # name -> (error; raised at this document, or in a step if None; the sentence)
     "a timeout": (TIMEOUT("The read operation timed out"), 5, "timed out.*resumes"),
+    "other columns": (CAST("Couldn't cast"), 30, "Couldn't cast.*resumes"),
     "a file cut off": (pyarrow.lib.ArrowInvalid("Parquet file size is 3"), 30, "is 3.*resumes"),
     "a GPU's memory": (torch.OutOfMemoryError("CUDA out of memory"), None, "out of.*--batch-size"),
-    "Python's memory": (MemoryError(), None, "out of.*--batch-size"),
+    "a library's memory": (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), None, "out of.*--batch"),
+    "too few GPUs": (RuntimeError("CUDA error: invalid ordinal"), None, "ordinal.*resumes"),
     "a CPU's memory": (RuntimeError("can't allocate memory: 9 bytes"), None, "memory.*--seq-len"),
     "a process gone": (RuntimeError("Connection reset by peer"), None, "reset by peer.*resumes"),
     "a process silent": (torch.distributed.DistError("time"), None, "time.*resumes"),
@@ -1361,20 +1363,21 @@ def stop_myself(*_):
         pass
 
 
-SIGNAL_AT = {  # a function of red.py -> (the call at which signals come, how many, steps saved)
-    "calibrate": (lambda *_: True, 1, False),  # not in training: the run ends at once
-    "training_step": (lambda *_: True, 2, False),  # and so it does at a second one
-    "learning_rate_at": (lambda step, config: step == 1, 1, True),  # in the last step
+SIGNAL_AT = {  # a function of red.py -> (the call at which signals come, seconds apart, saved)
+    "calibrate": (lambda *_: True, 0, False),  # not in training: the run ends at once
+    "training_step": (lambda *_: True, 3, False),  # and so it does at a second one
+    "learning_rate_at": (lambda step, config: step == 1, 0, True),  # one, in the last step, twice
 }
 
 
 @pytest.mark.parametrize("place", SIGNAL_AT)
 def test_no_signal_is_lost(real, tmp_path, monkeypatch, capsys, place):
     """At the last step the run ends behind it, and the next method is not begun."""
-    now, count, saved = SIGNAL_AT[place]
+    now, apart, saved = SIGNAL_AT[place]
+    monkeypatch.setattr(time, "monotonic", itertools.count(1, apart).__next__)
 
     def act(*values):
-        for _ in range(count if now(*values) else 0):
+        for _ in range(2 if now(*values) else 0):
             stop_myself()
 
     watched(monkeypatch, place, act)
@@ -1485,10 +1488,8 @@ COMMANDS += [(f"MODEL --model DIR/{name}", name) for name in BAD_TEACHERS]
 def bad(tmp_path_factory, real):
     folder = tmp_path_factory.mktemp("parent") / "bad"
     text = "1+2=3\n\n" * 199
-    make_files(
-        folder,
-        {"short.txt": "1\n\n2", "one.txt": "1\n2", "data.txt": text, "mine/texts/a.txt": text},
-    )
+    texts = {"short.txt": "1\n\n2", "one.txt": "1\n2", "data.txt": text, "mine/texts/a.txt": text}
+    make_files(folder, texts)
     (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "dangling").symlink_to(folder / "nowhere")
     (folder / "link.txt").symlink_to(folder / "data.txt")
@@ -1521,8 +1522,7 @@ def test_the_program_itself_ends_without_a_traceback(real, tmp_path):
     assert ended.returncode == 0 and (tmp_path / "out/summary.json").is_file()
     assert "Traceback" not in ended.stderr and "\r" not in ended.stderr, ended.stderr
     ended = program(HERE / "red.py", "--ratio", "7", folder=tmp_path)
-    told = "red.py: --ratio must be from 1e-09 to 1.\n"
-    assert (ended.returncode, ended.stderr) == (2, told)
+    assert (ended.returncode, ended.stderr) == (2, "red.py: --ratio must be from 1e-09 to 1.\n")
     make_files(tmp_path, {"torch.py": "raise SystemExit(7)"})  # what takes long to import
     shutil.copy(HERE / "red.py", tmp_path)
     ended = program(tmp_path / "red.py", folder=tmp_path)
