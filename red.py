@@ -31,6 +31,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ class Config:
     grad_accum: int = setting(1, "micro-batches per optimiser step and process")
     optimizer: str = setting("adam", "adam, or muon [new]", choices=("adam", "muon"))
     learning_rate: float | None = setting(None, f"its peak; unset: {LEARNING_RATES}")
-    temperature: float = setting(1.0, "softens both distributions in KL")
+    temperature: float = setting(1.0, "softens both distributions in KL; 40 suits LRC [differs]")
     alpha: float = setting(0.2, "weight of the alignment loss, as LRC's")
     dtype: str = setting("auto", "of the teacher", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random")
@@ -101,11 +102,11 @@ class Config:
 # stream is scored by its activations. The best d_s of the d_t channels become the student's. The
 # stream is one space from the embedding to the head, so one set of channels serves every matrix.
 # A block of a Llama-like model has seven linear modules and two norms, known by their names and
-# seen by forward hooks. A batch is a dict of input_ids and labels, (batch, tokens) each, where a
-# label of -100 does not count.
+# seen by forward hooks. A batch is a dict of input_ids and labels, (batch, tokens) each. A label of
+# -100 is left out of KL and cross-entropy; calibration and alignment use every token [reading].
 # To copy it: torch, F, nn, Tensor, Iterable, contextlib, dataclasses, functools.
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head")
-WRITERS = ("o_proj", "down_proj")
+WRITERS = ("o_proj", "down_proj")  # W_s = P.T @ W_t; the READERS: W_s = W_t @ P
 ALIGNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm", "model.norm")  # those of the stream
 NORM_BEFORE = {"self_attn": NORMS[0], "mlp": NORMS[1]}
@@ -118,7 +119,7 @@ def modules_of(model: nn.Module, kinds: tuple[str, ...]) -> list[str]:
 
 @contextlib.contextmanager
 def watch(model: nn.Module, names: Iterable[str], look):
-    """Within `with`, look(name, module, inputs, output) is called as the named modules run."""
+    """Within `with`, look(name, module, inputs, output) is called after each named module."""
     with contextlib.ExitStack() as hooks:
         for name in names:
             hook = functools.partial(look, name)
@@ -127,13 +128,13 @@ def watch(model: nn.Module, names: Iterable[str], look):
 
 
 def last_hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    """A causal model's last normed hidden states, (batch, tokens, d), without any logits."""
+    """A causal model's last hidden states, normed, (batch, tokens, d); makes no logits."""
     return model.model(ids.to(model.device), use_cache=False).last_hidden_state
 
 
 @torch.no_grad()
 def look_inside(model: nn.Module, ids: Tensor, names: Iterable[str]) -> tuple[Tensor, dict]:
-    """Run a model: its last hidden states; the named modules' outputs, or a norm's input."""
+    """Run a model. Returns its last hidden states, and modules' outputs (a norm's: its input)."""
     seen = {}
 
     def look(name, module, inputs, output):
@@ -275,7 +276,7 @@ class ProjectedStudent:
 
 
 def choose_width(ratio: float, teacher_config) -> int:
-    """The student's width: the multiple of the heads that is nearest to ratio * d_t."""
+    """The student's width: the multiple of the number of heads nearest to ratio * d_t."""
     unit = teacher_config.num_attention_heads  # a Llama's config refuses any other width
     nearest = math.floor(ratio * teacher_config.hidden_size / unit + 0.5)
     return unit * max(1, min(nearest, teacher_config.hidden_size // unit))
@@ -293,7 +294,7 @@ def student_config(teacher_config, student_width: int, untie: bool = False):
 
 
 def narrow_model(teacher: nn.Module, narrow_config) -> nn.Module:
-    """A model of this config beside the teacher, whose weights are still to be made."""
+    """A model of this config on the teacher's device; its weights are still to be made."""
     options = {"dtype": teacher.dtype, "attn_implementation": teacher.config._attn_implementation}
     with torch.device("meta"):  # no memory, and no random numbers
         model = transformers.AutoModelForCausalLM.from_config(narrow_config, **options)
@@ -308,7 +309,7 @@ def narrow_model(teacher: nn.Module, narrow_config) -> nn.Module:
 def initial_projection(
     method: str, calibration: Calibration, student_width: int, generator: torch.Generator
 ) -> Tensor:
-    """Where a projection starts, by any of METHODS: (d_t, d_s) float32 (§5, §6)."""
+    """Where a projection starts, (d_t, d_s) float32 (§5, §6). ValueError: no such method."""
     teacher_width = len(calibration.importance)
     if method == "red":
         channels = select_channels(calibration.importance, student_width)
@@ -318,12 +319,13 @@ def initial_projection(
         return selection_matrix(shuffled[:student_width].sort().values, teacher_width)
     if method == "pca":  # leading eigenvectors of the stream's second moment, summed over norms
         moment = sum(calibration.moments.values()).double()  # (d_t, d_t)
-        leading_first = torch.linalg.eigh(moment).eigenvectors.flip(1)
-        return leading_first[:, :student_width].float().cpu()
+        return torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :student_width].float().cpu()
     gaussian = torch.randn(teacher_width, student_width, generator=generator)
     if method == "lrc":
-        # At LRC's width, 3,072, P.T @ P has 1.2 on its diagonal; this keeps that at any [differs].
+        # At LRC-1.5B's d_t, 3,072, P.T @ P has 1.2 on its diagonal; here, at any d_t [differs].
         return 0.02 * (3072 / teacher_width) ** 0.5 * gaussian
+    if method not in ("orthogonal", "shared-orthogonal"):
+        raise ValueError(f"no method is called {method}")
     q, r = torch.linalg.qr(gaussian.double())
     return (q * r.diagonal().sign()).float()  # uniform over all orthonormal bases
 
@@ -350,8 +352,8 @@ def new_student(
 ) -> ProjectedStudent:
     """A student at the start of its training, by any of METHODS (§3, §5).
 
-    A rotation cannot carry the teacher's gains along: they are folded into the readers. The head
-    follows a norm, the embedding none: they then differ, so a tied head is untied [reading]."""
+    A rotation cannot carry the teacher's gains along: what follows a norm absorbs them [reading].
+    The head follows one and the embedding does not, so a tied head is untied [reading]."""
     fold = method in ("pca", "orthogonal", "shared-orthogonal")
     model = narrow_model(teacher, student_config(teacher.config, student_width, untie=fold))
     readers = READERS[:-1] if model.config.tie_word_embeddings else READERS
@@ -403,7 +405,7 @@ def reference_step(
     """The loss of one batch, a scalar, and its gradients, as the formulas read (§3, App. B).
 
     The gradients are left in the student's projections and gains. teacher_mean_squares: as in
-    Calibration; ones give LRC's. `training_step` does this faster, adding losses up in float32."""
+    Calibration; ones give LRC's alignment. `training_step` is faster, and sums in float32."""
     names, ids, temperature = modules_of(teacher, ALIGNED), batch["input_ids"], config.temperature
     teacher_hidden, teacher_seen = look_inside(teacher, ids, names)
     weights, seen = student.weights(), {}  # W_t @ P and P.T @ W_t
@@ -417,7 +419,7 @@ def reference_step(
         alignment += F.mse_loss(seen[name], target) / teacher_mean_squares[name]  # [differs]
 
     labelled = batch["labels"][:, 1:] != -100
-    q_logits = output.logits[:, :-1][labelled]  # (labels, vocabulary)
+    q_logits = output.logits[:, :-1][labelled]  # (targets, vocabulary)
     p_logits = teacher.lm_head(teacher_hidden)[:, :-1][labelled]
     log_q, log_p = [F.log_softmax(logits / temperature, -1) for logits in (q_logits, p_logits)]
     kl = temperature**2 * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
@@ -429,10 +431,10 @@ def reference_step(
 
 # ==== The fast step, and the loop (App. F.1) ==================================================
 # Warm-up and linear decay are the paper's, clipping is LRC's. The step below computes for a batch
-# what `reference_step` does, but it merges once for all micro-batches (each further one: 16 s, not
-# 20), makes the logits of a few tokens at a time (2.7 GiB, not 4.3), and keeps the gradient of each
-# error in the error's memory (2.5 GiB; SmolLM2, 2 x 512 tokens, one CPU thread). The backward pass
-# stops at W_s, and goes on to P once per step; the targets of o and down reach P directly:
+# what `reference_step` does, but it merges once per step (each further micro-batch: 16 s, not 20),
+# makes the logits of a few tokens at a time (2.7 GiB, not 4.3), and overwrites each error with its
+# gradient (then 2.5 GiB; SmolLM2, 2 x 512 tokens, one CPU thread). The backward pass stops at W_s,
+# and goes on to P once per step; the targets of o and down pass gradients to P directly:
 #     forward     P  --merge, once-->       W_s  --model, per micro-batch-->     loss
 #     backward    P  <--carry_back, once--  W_s  <--backward, per micro-batch--  loss
 # `config` is a Config or has its fields. N processes together take one step on all their batches.
@@ -446,7 +448,7 @@ def student_forward(
     """Run the student: its last hidden states, and each module's error with its factor (App. B).
 
     Alignment is the sum of factor * |error|^2: mean squared errors, each over the mean square of
-    the teacher's output before P, or a few massive activations would rule it [differs: LRC has no
+    the teacher's output before P, lest a few massive activations dominate it [differs: LRC has no
     such divisor, the paper only the number of tokens]. teacher_seen is emptied on the way."""
     errors, factors = [], []
 
@@ -463,9 +465,9 @@ def student_forward(
 
 
 def alignment_loss(errors: list, factors: list, weight: float) -> tuple[Tensor, list]:
-    """The alignment of a micro-batch (App. B), a scalar, and the gradients of weight * alignment in
-    errors, (batch, tokens, n) each: 2 * weight * factor * error. The gradients overwrite the errors
-    in memory; what remains of use in the errors is their graph, for the backward pass."""
+    """The alignment of a micro-batch (App. B), a scalar, and the gradients of weight * alignment
+    with respect to errors, (batch, tokens, n) each: 2 * weight * factor * error. They overwrite the
+    errors in memory; only the errors' graph is still of use, for the backward pass."""
     gradients = [error.detach() for error in errors]  # shares memory: so far these are the errors
     precise = torch.promote_types(errors[0].dtype, torch.float32)
     squares = torch.stack([error.square().sum(dtype=precise) for error in gradients])
@@ -476,16 +478,16 @@ def alignment_loss(errors: list, factors: list, weight: float) -> tuple[Tensor, 
 def token_losses(
     hidden: Tensor, teacher_hidden: Tensor, heads: tuple, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """KL and cross-entropy of a micro-batch, (2,), and the gradient of their sum in `hidden`.
+    """KL and cross-entropy of a micro-batch, (2,); their sum's gradient with respect to `hidden`.
 
     hidden: (batch, tokens, d_s or d_t); heads: (vocabulary, d_s) and (vocabulary, d_t), of which
     the student's gets its gradient here, added to its grad. labels: (batch, tokens). The losses are
     sums over labels (App. B). Logits are large: only those of a few tokens exist at a time."""
     head, teacher_head = heads
     labelled = labels[:, 1:] != -100
-    targets = labels[:, 1:][labelled].to(hidden.device)  # (labels,)
-    states = hidden.detach()[:, :-1][labelled]  # (labels, d_s)
-    teacher_states = teacher_hidden[:, :-1][labelled]  # (labels, d_t)
+    targets = labels[:, 1:][labelled].to(hidden.device)  # (targets,)
+    states = hidden.detach()[:, :-1][labelled]  # (targets, d_s)
+    teacher_states = teacher_hidden[:, :-1][labelled]  # (targets, d_t)
     size = max(1, LOGITS_AT_ONCE * (8 if head.is_cuda else 1) // len(head))
     losses, gradients = torch.zeros(2, device=hidden.device), []
     parts = [tensor.split(size) for tensor in (states, teacher_states, targets)]
@@ -511,7 +513,7 @@ def training_step(
     """The gradients of one optimiser step, left in the student's projections and gains.
 
     Takes config.grad_accum batches; ValueError: they have ended. Returns scalars: "loss" (App. B),
-    its terms "kl", "cross_entropy" (means over labels [differs]) and "alignment"; and "tokens"."""
+    its terms "kl" (mean over labels [differs]), "cross_entropy" (same), "alignment"; "tokens"."""
     student.merge()
     heads = (student.model.lm_head.weight, teacher.lm_head.weight)
     sums, label_count, tokens = torch.zeros(3, device=teacher.device), 0, 0
@@ -561,7 +563,7 @@ def distill(
 ) -> Iterator[dict]:
     """Train the student in place (App. F.1). A generator: each iteration is one step, a dict.
 
-    A step that is not finite changes nothing; FloatingPointError: ten in a row (or all) are not.
+    A step that is not finite is skipped. FloatingPointError: ten in a row, or all that remain, are.
     done: steps already taken. In the loop, call student.merge() before you use student.model."""
     optimizers = optimizers or make_optimizers(student, config)
     failures = 0
@@ -601,10 +603,10 @@ def effective_rank(hidden: Tensor) -> float:
     if not torch.isfinite(states).all():
         raise ValueError("effective_rank needs finite values")
     centred = states - states.mean(0)
-    norms = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
+    lengths = torch.linalg.vector_norm(centred, dim=-1, keepdim=True)
     # What rounding leaves of a token at the mean must not be scaled up to length 1.
     rounding = torch.finfo(hidden.dtype).eps * torch.linalg.vector_norm(states, dim=-1)
-    unit = torch.where(norms > 2 * rounding[:, None], centred / norms, 0.0)
+    unit = torch.where(lengths > 2 * rounding[:, None], centred / lengths, 0.0)
     values = torch.linalg.eigvalsh(unit.T @ unit).clamp_min(0)  # (d,)
     if values.sum() == 0:
         return 0.0
@@ -614,7 +616,7 @@ def effective_rank(hidden: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[dict], tokens: int = 4096) -> dict:
-    """Held-out `loss` in nats per label; `erank` after each block, of the first `tokens` tokens.
+    """Held-out `loss`, nats a label; each block's `erank` [reading], of the first `tokens` tokens.
     FloatingPointError: the loss is not finite. ValueError: there is no label (§4, §6)."""
     streams = {f"model.layers.{i}": [] for i in range(len(model.model.layers))}
     losses, looked_at = [], 0
@@ -633,8 +635,8 @@ def evaluate(model: nn.Module, batches: Iterable[dict], tokens: int = 4096) -> d
     loss = fmean(losses)
     if not math.isfinite(loss):
         raise FloatingPointError("the held-out loss is not finite")
-    ranks = [effective_rank(torch.cat(parts)[:tokens]) for parts in streams.values()]
-    return {"loss": loss, "erank": ranks}
+    eranks = [effective_rank(torch.cat(parts)[:tokens]) for parts in streams.values()]
+    return {"loss": loss, "erank": eranks}
 
 
 def encode_answer(prompt: str, answer: str, tokenizer) -> dict:
@@ -694,10 +696,9 @@ TINY_LENGTHS = (1, 2, 3, 3, 4, 4, 5, 5)  # the end of a row cuts long ones off m
 
 
 def random_chain(length: int, generator: random.Random) -> tuple[str, str]:
-    """A chain of so many operations as (prompt, answer): `7+5-3=?` and `7+5=2;2-3=9#9`."""
+    """A chain of `length` operations as (prompt, answer): `7+5-3=?` and `7+5=2;2-3=9#9`."""
     value = generator.randrange(10)
-    results = []
-    prompt = str(value)
+    prompt, results = str(value), []
     for _ in range(length):
         sign, operand = generator.choice("+-*"), generator.randrange(10)
         result = {"+": value + operand, "-": value - operand, "*": value * operand}[sign] % 10
@@ -769,15 +770,15 @@ def tiny_teacher_folder(config: Config) -> str:
 
 @torch.no_grad()
 def share_chosen(model: nn.Module, tokenizer) -> float:
-    """Share of the pairs whose own answer is the likeliest of four, for the model (§6)."""
+    """Share of the pairs whose own answer the model finds the likeliest of four (§6)."""
     lines = []
     for i, (prompt, _) in enumerate(TINY_PAIRS):  # its own answer, then those of three others
         lines += [prompt + TINY_PAIRS[i - k][1] for k in range(4)]
     ids = torch.tensor(tokenizer(lines)["input_ids"], device=model.device)
     logits = model(ids).logits[:, :-1].float().mT
     losses = F.cross_entropy(logits, ids[:, 1:], reduction="none")
-    answers = losses.sum(1).view(-1, 4)  # each after the same prompt
-    return fmean((answers[:, 0] < answers[:, 1:].amin(1)).tolist())
+    nats = losses.sum(1).view(-1, 4)  # of each line; its prompt adds the same to all four
+    return fmean((nats[:, 0] < nats[:, 1:].amin(1)).tolist())
 
 
 @torch.no_grad()
@@ -895,13 +896,14 @@ def choose_dtype(config: Config) -> torch.dtype:
 
 
 def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> tuple:
-    """A frozen teacher and its tokenizer, of a folder or a name on the hub (§3)."""
+    """A frozen teacher and its tokenizer, from a folder or the hub (§3)."""
     with as_user_error(f"cannot load {name} ({{}}); is a file missing, or sentencepiece?"):
         model_config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         kind = model_config.model_type
         require(kind in FAMILIES, f"{name} is {kind}; known are {', '.join(FAMILIES)}.")
         require(not hasattr(model_config, "quantization_config"), f"{name} is quantised.")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or the hub is asked for it
         teacher, loading = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
@@ -953,9 +955,7 @@ def adapt_to_others(folder: Path, as_llama: bool):
     if rope["rope_type"] != "default":
         values["rope_scaling"] = rope
     if as_llama:
-        values["model_type"] = "llama"
-        values["architectures"] = ["LlamaForCausalLM"]
-        values["attention_bias"] = True
+        values |= dict(model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=True)
     write(folder / "config.json", values)
     text = (folder / "tokenizer_config.json").read_text("utf-8")
     text = text.replace("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -1020,7 +1020,7 @@ def documents_of(path: str) -> Iterator[dict]:
                 yield document
 
 
-def documents_in_turns(paths: tuple[str, ...]) -> Iterator[dict]:
+def interleaved(paths: tuple[str, ...]) -> Iterator[dict]:
     """Yield the documents of files in turns, of 16 files at once, so that sources are mixed."""
     groups = math.ceil(len(paths) / 16)
     for group in range(groups):
@@ -1040,14 +1040,13 @@ def open_documents(source: str, flag: str):
         for path in paths:
             require(path.endswith(SUFFIXES), f"cannot read {path}; {flag} takes {SUFFIXES} files.")
         announce("reading", f"{len(paths):,} files of {source}")
-        options = {"gen_kwargs": {"paths": paths}}
-        return datasets.IterableDataset.from_generator(documents_in_turns, **options)
+        return datasets.IterableDataset.from_generator(interleaved, gen_kwargs={"paths": paths})
     announce("reading", f"{source} of the hub")
     name, _, rest = source.partition(":")
+    require("/" in name, f"{flag} {source} is no file, nor a hub dataset's OWNER/NAME.")
     subset, _, split = rest.partition(":")
     with as_user_error(f"{flag} {source} is no file, nor a hub dataset in reach ({{}})."):
-        options = {"split": split or "train", "streaming": True}
-        rows = datasets.load_dataset(name, subset or None, **options)
+        rows = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
     rows = rows.map(document_of, fn_kwargs={"where": f"a row of {source}"})
     return rows.filter(lambda row: bool(row["answer"].strip())).select_columns(["prompt", "answer"])
 
@@ -1459,7 +1458,7 @@ def on_signal(number, frame):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command line (a list of words; None: sys.argv) and return its exit code."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         transformers.logging.disable_progress_bar()
     SIGNALS.update(wait=False, came=False)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1480,8 +1479,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         memory = re.search(r"^\w*Memory|allocate memory|out of memory|ALLOC_FAILED", repr(error))
         lost = re.search("^Dist|onnection |CUDA error", repr(error))
-        network = re.match("http|pyarrow|aiohttp|urllib3|fsspec|datasets", type(error).__module__)
-        if not (memory or lost or network or isinstance(error, OSError)):
+        # Any error that comes through the library of texts is one of the network or of a file.
+        reading = "-packages/datasets/" in str(traceback.format_tb(error.__traceback__))
+        if not (memory or lost or reading or isinstance(error, OSError)):
             raise
         code, text = 1, f"{type(error).__name__}: {error}; once mended, the same command resumes."
         if memory:
