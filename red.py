@@ -87,7 +87,7 @@ class Config:
     grad_accum: int = setting(1, "micro-batches per optimiser step and process")
     optimizer: str = setting("adam", "adam, or muon [new]", choices=("adam", "muon"))
     learning_rate: float | None = setting(None, f"its peak; unset: {LEARNING_RATES}")
-    temperature: float = setting(1.0, "softens both distributions in KL; 40 suits LRC [differs]")
+    temperature: float = setting(1.0, "softens both distributions in KL; LRC's is 40 [differs]")
     alpha: float = setting(0.2, "weight of the alignment loss, as LRC's")
     dtype: str = setting("auto", "of the teacher", choices=("auto", "float32", "bfloat16"))
     seed: int = setting(0, "seed of everything random")
@@ -903,7 +903,7 @@ def load_teacher(name: str, dtype: torch.dtype = torch.float32) -> tuple:
         require(kind in FAMILIES, f"{name} is {kind}; known are {', '.join(FAMILIES)}.")
         require(not hasattr(model_config, "quantization_config"), f"{name} is quantised.")
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # or the hub is asked for it
+        os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # which a bot on the hub makes
         teacher, loading = AutoModelForCausalLM.from_pretrained(
             name,
             config=model_config,
